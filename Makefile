@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target that needs it makes with $(PYTHON) and fills with the versions of
+# requirements.lock; it is filled again when the lock or pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
+RECIPE := pyproject.toml setup.py requirements.lock
+
+.PHONY: quickstart test lint format drills clean
+
+quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
+	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv/installed-test  ## the tests that take seconds
+	$(BIN)/pytest -n 2 -m "not slow"
+
+drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## what was built; .venv and runs stay
+	rm -rf build dist *.egg-info .cache .hypothesis .pytest_cache .ruff_cache
+
+.venv/installed: $(RECIPE) | .venv/bin/python
+	@echo "installing lcx into .venv (some minutes the first time)"
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-test: $(RECIPE) | .venv/bin/python
+	@echo "installing lcx and its test tools into .venv (some minutes the first time)"
+	$(INSTALL) --editable '.[test]'
+	@touch .venv/installed $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

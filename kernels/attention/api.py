@@ -1,0 +1,156 @@
+"""The public function: checks the arguments, brings masks to one form, picks the backend, folds in the sinks."""
+
+import jax
+import jax.numpy as jnp
+
+from lcx_kernels.attention import reference, xla
+from lcx_kernels.attention.visibility import Band, Keys, Queries
+from lcx_kernels.backends import resolve_backend
+
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+Pair = jax.Array | tuple[jax.Array, jax.Array]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Pair | None = None,
+    sinks: jax.Array | None = None,
+    positions: Pair | None = None,
+    offset: int | None = None,
+    lookback: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention with grouped heads, windows, documents and sinks, differentiable in both results.
+
+    Query i sees key j if and only if every condition given holds, where index(.) is the place in the row:
+
+        causal        index(j) <= index(i)
+        window        index(i) - index(j) < window
+        lookback      index(i) - index(j) <= lookback[i]
+        segment_ids   segment(i) == segment(j)
+
+    Query head h reads key and value head h // (heads // kv_heads). Scores are scale * q.k, then, with a ``softcap``,
+    softcap * tanh(scores / softcap). Softmax statistics and sums are at least float32 (float64 inputs stay float64).
+
+    What a query does not see has no influence on it, to the bit, as long as it is finite; gradients likewise.
+    A query that sees no key returns exactly 0 and a log-sum-exp of ``NO_KEY_LOG_SUM_EXP`` (-1e30, a finite floor), and
+    gives and receives gradients of exactly 0, never NaN.
+
+    Args:
+      q: [batch, time, heads, K]; q, k and v have one floating dtype.
+      k: [batch, keys, kv_heads, K]; kv_heads divides heads.
+      v: [batch, keys, kv_heads, V].
+      causal: whether a query sees no later keys.
+      window: how many keys back from its own index a query sees, itself included; None for all. Static.
+      segment_ids: int32 [batch, time] for both sides, or a (query, key) pair of [batch, time] and [batch, keys].
+      sinks: [heads], a logit per head that joins the denominator of the softmax and nothing else (gpt-oss; a sink of 0
+        is softmax-off-by-one): out is multiplied by sigmoid(log_sum_exp - sink).
+      positions: indices in the row, int32, of the shapes of ``segment_ids``; may be negative, in any order. For
+        alignments that are known only when running (decoding into a cache, a ring).
+      offset: query t stands at slot offset + t of the keys, 0 <= offset <= keys - time. Static, so that a window costs
+        time linear in T; excludes ``positions``. With neither, keys == time is required and offset is 0.
+      lookback: int32 [batch, time], how far back each query sees; less than 0 means no key at all.
+      scale: what q.k is multiplied by, static; None for K ** -0.5.
+      softcap: the bound of the capped scores, static and positive; None for no cap.
+      backend: "auto", "reference" (dense) or "xla" (blockwise).
+      chunk_size: the number of queries of a block; None for a tuned value. It does not change what is computed.
+
+    Returns:
+      out: [batch, time, heads, V] in q.dtype.
+      log_sum_exp: [batch, time, heads], at least float32, the logarithm of the sum of exp(scores) over the keys seen,
+        WITHOUT the sink, so that partial results over several sets of keys can be merged and the sink folded in once.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit together.
+      BackendUnavailable: the backend named cannot run here.
+    """
+    _check_arrays(q, k, v, sinks)
+    for name, value in (("window", window), ("chunk_size", chunk_size), ("softcap", softcap)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be positive or None, got {value}")
+    implementation = IMPLEMENTATIONS[resolve_backend(backend, IMPLEMENTATIONS, AUTO)]
+
+    batch, time, heads, width = q.shape
+    keys = k.shape[1]
+    query_index, key_index, offset = _indices(positions, offset, batch, time, keys)
+    segments = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids, batch, time, keys)
+    first = None if window is None else query_index - (window - 1)
+    if lookback is not None:
+        _check_integers("lookback", lookback, (batch, time))
+        bound = query_index - lookback.astype(jnp.int32)
+        first = bound if first is None else jnp.maximum(first, bound)
+    band = Band(offset if causal else None, None if window is None else window - 1)
+
+    out, log_sum_exp = implementation(
+        q,
+        k,
+        v,
+        Queries(first, query_index if causal else None, segments[0]),
+        Keys(key_index, segments[1]),
+        band,
+        scale=width**-0.5 if scale is None else scale,
+        softcap=softcap,
+        chunk_size=chunk_size,
+    )
+    if sinks is not None:
+        out *= jax.nn.sigmoid(log_sum_exp - sinks.astype(log_sum_exp.dtype))[..., None]
+    return out.astype(q.dtype), log_sum_exp
+
+
+def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating with 4 axes, got {array.dtype}{list(array.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, _, heads, width = q.shape
+    if k.shape[0] != batch or k.shape[3] != width or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "expected q [batch, time, heads, K], k [batch, keys, kv_heads, K] and v [batch, keys, kv_heads, V], "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if heads % k.shape[2]:
+        raise ValueError(f"the {k.shape[2]} key and value heads must divide the {heads} query heads")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [heads] = [{heads}], got {list(sinks.shape)}")
+
+
+def _check_integers(name: str, array: jax.Array, shape: tuple[int, int]) -> None:
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers {list(shape)}, got {array.dtype}{list(array.shape)}")
+
+
+def _pair(name: str, value: Pair, batch: int, time: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Return the query and the key side of an argument that may be one array for both, in int32."""
+    query_side, key_side = value if isinstance(value, tuple) else (value, value)
+    _check_integers(f"{name} of the queries", query_side, (batch, time))
+    _check_integers(f"{name} of the keys", key_side, (batch, keys))
+    return query_side.astype(jnp.int32), key_side.astype(jnp.int32)
+
+
+def _indices(
+    positions: Pair | None, offset: int | None, batch: int, time: int, keys: int
+) -> tuple[jax.Array, jax.Array, int | None]:
+    """Return the query indices, the key indices and the offset between them where it is static."""
+    if positions is not None:
+        if offset is not None:
+            raise ValueError("give positions or offset, not both")
+        return *_pair("positions", positions, batch, time, keys), None
+    if offset is None:
+        if time != keys:
+            raise ValueError(f"{time} queries and {keys} keys: say how they align with positions or offset")
+        offset = 0
+    if not 0 <= offset <= keys - time:
+        raise ValueError(f"offset {offset} is outside 0 to keys - time = {keys - time}")
+    slots = jnp.arange(keys, dtype=jnp.int32)[None]
+    return slots[:, offset : offset + time], slots, offset

@@ -1,0 +1,51 @@
+"""Dense masked softmax attention under plain automatic differentiation: the definition, for tests and small inputs."""
+
+import jax
+import jax.numpy as jnp
+
+from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, visible
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    keys: Keys,
+    band: Band,
+    *,
+    scale: float,
+    softcap: float | None,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators.
+
+    The arguments are those of ``api.attention`` after normalisation. There are no blocks here: ``band`` says nothing
+    that ``queries`` and ``keys`` do not, and ``chunk_size`` does not matter.
+    """
+    del band, chunk_size
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    batch, time, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    q = (q.astype(dtype) * scale).reshape(batch, time, kv_heads, heads // kv_heads, -1)
+    scores = jnp.einsum("btngk,bsnk->bngts", q, k.astype(dtype))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+
+    expand_queries, expand_keys = (lambda x: x[:, None, None, :, None]), (lambda x: x[:, None, None, None, :])
+    mask = visible(jax.tree.map(expand_queries, queries), jax.tree.map(expand_keys, keys))
+    # Both selections are needed: the inner one keeps hidden scores out of the maximum and of every gradient.
+    scores = jnp.where(mask, scores, NO_KEY_LOG_SUM_EXP)
+    maximum = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - maximum), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    blind = total == 0
+    total = jnp.where(blind, 1, total)
+    log_sum_exp = jnp.where(blind, NO_KEY_LOG_SUM_EXP, maximum + jnp.log(total))
+    # The division comes last: before the sum, its derivative would multiply hidden values, however large, by 0.
+    out = jnp.einsum("bngts,bsnv->bngtv", weights, v.astype(dtype)) / total
+
+    def join_heads(x):
+        return jnp.moveaxis(x, 3, 1).reshape(batch, time, heads, -1)
+
+    return join_heads(out), join_heads(log_sum_exp)[..., 0]

@@ -1,0 +1,50 @@
+"""Which keys a query sees: the common form that every backend receives.
+
+Causality, windows and lookbacks all reduce to an interval of key indices per query; segments must be equal besides.
+Where the alignment of queries and keys is known while tracing, a ``Band`` says so, and a backend skips the rest.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# The log-sum-exp of a query that sees no key: finite, so that merging two such partial results gives no NaN.
+NO_KEY_LOG_SUM_EXP = -1e30
+
+
+class Queries(NamedTuple):
+    """What is known of each query, int32 [batch or 1, time]; None where it does not restrict."""
+
+    first: jax.Array | None  # the smallest key index that the query sees
+    last: jax.Array | None  # the largest
+    segment: jax.Array | None
+
+
+class Keys(NamedTuple):
+    """What is known of each key, int32 [batch or 1, keys]; None where it does not restrict."""
+
+    index: jax.Array
+    segment: jax.Array | None
+
+
+class Band(NamedTuple):
+    """What is known while tracing: query t sees only the slots offset + t - reach to offset + t of the keys.
+
+    ``offset`` None: nothing is known. ``reach`` None: back to the first key.
+    """
+
+    offset: int | None = None
+    reach: int | None = None
+
+
+def visible(queries: Queries, keys: Keys) -> jax.Array:
+    """Return, as booleans, who sees whom; the arrays of the two sides must broadcast against each other."""
+    mask = jnp.ones((), bool)
+    if queries.first is not None:
+        mask &= keys.index >= queries.first
+    if queries.last is not None:
+        mask &= keys.index <= queries.last
+    if queries.segment is not None:
+        mask &= keys.segment == queries.segment
+    return mask

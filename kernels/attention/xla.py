@@ -1,0 +1,262 @@
+"""Blockwise attention in plain JAX, laid out for CPUs: temporaries linear in T, masked blocks skipped.
+
+Queries are cut into blocks of ``chunk_size``. A block meets in one piece the keys that it may see; which these are is
+known while tracing when the alignment is static (``Band``). The forward keeps only the log-sum-exp; the backward
+(Dao et al. 2022, FlashAttention, algorithm 4) computes the scores of each block again.
+
+Consecutive blocks form a run, which is one ``lax.scan``, so that the program does not grow with T. A run's blocks meet
+either the same keys (what a causal block does not need of them is masked) or, under a window, as many keys each,
+starting ``chunk_size`` further on.
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, visible
+
+# Runs that a causal triangle is cut into: n runs compute (n + 1) / n of the triangle. A run has two blocks if it can,
+# because a loop reuses its memory, and writing to fresh memory costs more here than the scores that are masked.
+MAX_TRIANGLE_RUNS = 6
+
+# The default chunk_size is the largest of these by which T is at least 8 blocks and a block has at most so many scores
+# (2 MB in float32: a second-level cache); the smallest if none is. Measured on two cores.
+CHUNK_SIZES = (128, 64, 32)
+SCORES_PER_BLOCK = 2**19
+
+
+class Static(NamedTuple):
+    """What a call knows while tracing."""
+
+    band: Band
+    scale: float
+    softcap: float | None
+    chunk_size: int
+
+
+class Run(NamedTuple):
+    """The query blocks begin to end, of which the i-th from begin meets ``extent`` keys from start + i * step on."""
+
+    begin: int
+    end: int
+    start: int
+    step: int
+    extent: int
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    keys: Keys,
+    band: Band,
+    *,
+    scale: float,
+    softcap: float | None,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators.
+
+    The arguments are those of ``api.attention`` after normalisation.
+    """
+    batch, time, heads, _ = q.shape
+    chunk_size = chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], band)
+    chunk_size = math.ceil(time / math.ceil(time / chunk_size))  # as even as can be, which pads least
+    return _attention(Static(band, scale, softcap, chunk_size), q, k, v, queries, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: Static, q, k, v, queries: Queries, keys: Keys):
+    return _forward(static, q, k, v, queries, keys)[0]
+
+
+def _forward(static: Static, q, k, v, queries: Queries, keys: Keys):
+    time, heads = q.shape[1:3]
+    blocks = _split_queries(q, k.shape[2], static), _split_rows(queries, static.chunk_size)
+    k, v = _heads_first(k), _heads_first(v)
+
+    def block(_, block_and_start, extent):
+        (q_block, queries_block), start = block_and_start
+        k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
+        return None, _forward_block(q_block, k_part, v_part, queries_block, keys_part, static.softcap)
+
+    pieces = []
+    for run in _runs(static, time, k.shape[2]):
+        pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, blocks, run)[1])
+    out, log_sum_exp = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    out, log_sum_exp = _join_heads(out, time, heads), _join_heads(log_sum_exp[..., None], time, heads)[..., 0]
+    return (out, log_sum_exp), (out, log_sum_exp)
+
+
+def _forward_with_residuals(static: Static, q, k, v, queries: Queries, keys: Keys):
+    results, _ = _forward(static, q, k, v, queries, keys)
+    return results, (q, k, v, queries, keys, *results)
+
+
+def _backward(static: Static, residuals, cotangents):
+    q, k, v, queries, keys, out, log_sum_exp = residuals
+    d_out, d_log_sum_exp = cotangents
+    time, heads, kv_heads = *q.shape[1:3], k.shape[2]
+    # The derivative of the loss in a score is p (v.d_out - shift): d out gives out.d_out, d log_sum_exp gives p itself.
+    shift = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
+    rows = [_split_heads(x[..., None], kv_heads, static.chunk_size)[..., 0] for x in (log_sum_exp, shift)]
+    blocks = (
+        (_split_queries(q, kv_heads, static), _split_heads(d_out, kv_heads, static.chunk_size), *rows),
+        _split_rows(queries, static.chunk_size),
+    )
+    dtypes = q.dtype, k.dtype, v.dtype
+    k, v = _heads_first(k), _heads_first(v)
+
+    def block(sums, block_and_start, extent):
+        (arrays, queries_block), start = block_and_start
+        k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
+        dq, *parts = _backward_block(*arrays, k_part, v_part, queries_block, keys_part, static.softcap)
+        return tuple(_add_at(total, part, start) for total, part in zip(sums, parts, strict=True)), dq
+
+    sums = jnp.zeros_like(k), jnp.zeros_like(v)
+    pieces = []
+    for run in _runs(static, time, k.shape[2]):
+        sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, blocks, run)
+        pieces.append(piece)
+    dq = _join_heads(jnp.concatenate(pieces) * static.scale, time, heads)
+    dk, dv = (jnp.swapaxes(x, 1, 2) for x in sums)
+    return *(x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True)), None, None
+
+
+_attention.defvjp(_forward_with_residuals, _backward)
+
+
+# One block of queries. c is chunk_size, n the key and value heads, g the query heads of each, s the keys it meets.
+
+
+def _forward_block(q, k, v, queries: Queries, keys: Keys, softcap: float | None):
+    """From q [batch, n, g, c, K], k [batch, n, s, K], v [batch, n, s, V] to out [..., c, V], log_sum_exp [..., c]."""
+    mask = visible(
+        jax.tree.map(lambda x: x[:, None, None, :, None], queries),
+        jax.tree.map(lambda x: x[:, None, None, None, :], keys),
+    )
+    scores = _cap(jnp.einsum("bngck,bnsk->bngcs", q, k), softcap)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    maximum = jnp.max(scores, axis=-1, keepdims=True)
+    maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
+    weights = jnp.exp(scores - maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    blind = total == 0
+    total = jnp.where(blind, 1, total)
+    out = jnp.einsum("bngcs,bnsv->bngcv", weights, v) / total
+    return out, jnp.where(blind, NO_KEY_LOG_SUM_EXP, maximum + jnp.log(total))[..., 0]
+
+
+def _backward_block(q, d_out, log_sum_exp, shift, k, v, queries: Queries, keys: Keys, softcap: float | None):
+    """Return dq, dk, dv for scores q.k; scores lie keys first here, which is what dk and dv multiply fastest from."""
+    mask = visible(
+        jax.tree.map(lambda x: x[:, None, None, None, :], queries),
+        jax.tree.map(lambda x: x[:, None, :, None, None], keys),
+    )
+    scores = _cap(jnp.einsum("bnsk,bngck->bnsgc", k, q), softcap)
+    weights = jnp.where(mask, jnp.exp(scores - log_sum_exp[:, :, None]), 0)
+    d_weights = jnp.einsum("bnsv,bngcv->bnsgc", v, d_out)
+    d_scores = jnp.where(mask, weights * (d_weights - shift[:, :, None]), 0)
+    if softcap is not None:
+        d_scores *= 1 - jnp.square(scores / softcap)
+    # In this order k is what gets transposed, not the scores, which are many times larger.
+    dq = jnp.einsum("bnsk,bnsgc->bngkc", k, d_scores).swapaxes(-1, -2)
+    dk = jnp.einsum("bnsgc,bngck->bnsk", d_scores, q)
+    dv = jnp.einsum("bnsgc,bngcv->bnsv", weights, d_out)
+    return dq, dk, dv
+
+
+def _cap(scores, softcap: float | None):
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+# Which keys the blocks meet.
+
+
+def _default_chunk_size(rows: int, time: int, keys: int, band: Band) -> int:
+    def fits(chunk_size: int) -> bool:
+        extent = keys if None in band else min(keys, band.reach + chunk_size)
+        return 8 * chunk_size <= time and rows * chunk_size * extent <= SCORES_PER_BLOCK
+
+    return next(filter(fits, CHUNK_SIZES), CHUNK_SIZES[-1])
+
+
+def _runs(static: Static, time: int, keys: int) -> list[Run]:
+    """Cut the blocks of queries into runs, so that no block meets many more keys than it sees."""
+    (offset, reach), chunk_size = static.band, static.chunk_size
+    num_blocks = math.ceil(time / chunk_size)
+    if offset is None:
+        return [Run(0, num_blocks, 0, 0, keys)]
+    # Blocks whose first query still reaches the first key: the triangle. After them the keys slide along.
+    triangle = num_blocks if reach is None else min(num_blocks, max(0, math.ceil((reach - offset) / chunk_size)))
+    num_runs = min(MAX_TRIANGLE_RUNS, math.ceil(triangle / 2))
+    cuts = [triangle * i // num_runs for i in range(num_runs + 1)] if num_runs else []
+    runs = [Run(begin, end, 0, 0, min(keys, offset + end * chunk_size)) for begin, end in itertools.pairwise(cuts)]
+    if triangle < num_blocks:
+        start = offset + triangle * chunk_size - reach
+        runs.append(Run(triangle, num_blocks, start, chunk_size, min(keys, reach + chunk_size)))
+    return runs
+
+
+def _over_blocks(block, carry, blocks, run: Run):
+    """Apply ``block(carry, (its arrays, its first key)) -> (carry, results)`` to a run; results get a leading axis."""
+    length = run.end - run.begin
+    if length == 1:
+        carry, results = block(carry, (jax.tree.map(lambda x: x[run.begin], blocks), run.start))
+        return carry, jax.tree.map(lambda x: x[None], results)
+    starts = run.start + run.step * jnp.arange(length, dtype=jnp.int32)
+    return jax.lax.scan(block, carry, (jax.tree.map(lambda x: x[run.begin : run.end], blocks), starts))
+
+
+def _slice_keys(arrays, start, extent: int):
+    """Slice (k, v, keys) along the keys. Near an end dynamic_slice moves the start, and the mask, by index, follows."""
+    k, v, keys = arrays
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=extent)
+    return part(k, axis=2), part(v, axis=2), jax.tree.map(lambda x: part(x, axis=1), keys)
+
+
+def _add_at(total, part, start):
+    """Add ``part`` to the keys that ``_slice_keys`` took."""
+    current = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(total, current + part, start, axis=2)
+
+
+# Layouts: heads stand in front of time inside, blocks in front of all.
+
+
+def _heads_first(x):
+    """[batch, keys, n, width] to [batch, n, keys, width], in the dtype of the accumulators."""
+    return jnp.swapaxes(x, 1, 2).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _split_queries(q, kv_heads: int, static: Static):
+    return _split_heads(q, kv_heads, static.chunk_size) * static.scale
+
+
+def _split_heads(x, kv_heads: int, chunk_size: int):
+    """[batch, time, heads, width] to [blocks, batch, n, g, c, width], in the dtype of the accumulators."""
+    batch, time, heads, width = x.shape
+    x = _pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), chunk_size)
+    x = x.reshape(batch, -1, chunk_size, kv_heads, heads // kv_heads, width)
+    return x.transpose(1, 0, 3, 4, 2, 5)
+
+
+def _join_heads(x, time: int, heads: int):
+    """The inverse of ``_split_heads``."""
+    blocks, batch, _, _, chunk_size, width = x.shape
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * chunk_size, heads, width)[:, :time]
+
+
+def _split_rows(queries: Queries, chunk_size: int) -> Queries:
+    """[batch or 1, time] to [blocks, batch or 1, c]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(_pad(x, chunk_size).reshape(x.shape[0], -1, chunk_size), 0, 1), queries)
+
+
+def _pad(x, chunk_size: int):
+    """Fill the last block with zeros along time. A query of zeros has finite scores, and its cotangent is 0."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk_size)] + [(0, 0)] * (x.ndim - 2))

@@ -1,0 +1,177 @@
+"""The selective scan: one signature over all backends, with its checks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcx_kernels.backends import resolve_backend
+from lcx_kernels.checks import check
+from lcx_kernels.selective_scan import reference, xla
+
+_SCANS = {"reference": reference.scan, "xla": xla.scan}
+_AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+class ScanSummary(NamedTuple):
+    """What a stretch of tokens does to the state: ``final = decay(A) * initial + state``.
+
+    Attributes:
+      dt_sum: [batch, channels], the sum of the step sizes; of no meaning where ``reset`` is set.
+      reset: bool [batch], whether a reset lies in the stretch, so that nothing of the initial state survives.
+      state: [batch, channels, state], the final state of the stretch started from zero.
+    """
+
+    dt_sum: jax.Array
+    reset: jax.Array
+    state: jax.Array
+
+    def decay(self, A: jax.Array) -> jax.Array:
+        """The factor [batch, channels, state] on the initial state, exactly 0 where a reset lies in the stretch.
+
+        ``A`` [channels, state] as given to the scan.
+        """
+        decay = jnp.exp(self.dt_sum[:, :, None] * A)
+        return jnp.where(self.reset[:, None, None], jnp.zeros_like(decay), decay)
+
+    def then(self, later: "ScanSummary", A: jax.Array) -> "ScanSummary":
+        """The summary of this stretch followed by ``later``."""
+        return ScanSummary(
+            dt_sum=self.dt_sum + later.dt_sum,
+            reset=self.reset | later.reset,
+            state=later.decay(A) * self.state + later.state,
+        )
+
+
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    *,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = False,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The selective state space recurrence (Mamba, arXiv 2312.00752, equation 2 with the Euler step for B).
+
+        h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]        h[t-1] is 0 where reset[t]
+        y[t] = (h[t] C[t] + D x[t]) silu(z[t])
+
+    All arithmetic is in float32, or in float64 if any argument is. Everything of a floating dtype has a gradient,
+    through the initial and from the final state. A token's outputs and gradients do not depend, to the last bit, on
+    tokens that a reset or causality cuts off from it.
+
+    Args:
+      x: input, [batch, time, channels].
+      dt: step sizes, [batch, time, channels]; not negative once ``dt_bias`` and softplus are applied.
+      A: negative decay rates, [channels, state].
+      B: input projection, [batch, time, state], shared by all channels.
+      C: output projection, [batch, time, state], shared by all channels.
+      D: skip weight, [channels].
+      z: gate, [batch, time, channels].
+      dt_bias: added to ``dt`` before the softplus, [channels].
+      dt_softplus: whether ``dt`` passes through softplus.
+      initial_state: h before the first token, [batch, channels, state]; None for zeros.
+      reset: bool [batch, time]; True zeroes the state before that token, the initial state too.
+      backend: "auto" (by platform), "reference" or "xla".
+      chunk_size: tokens between two states that are kept for the backward pass; None for the backend's own choice.
+        The reference keeps them all, whatever this says.
+
+    Returns:
+      y [batch, time, channels] in x's dtype, and the final state [batch, channels, state] in that of the arithmetic.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or the backend's name is unknown.
+      BackendUnavailable: the named backend cannot run here.
+    """
+    name = resolve_backend(backend, _SCANS, _AUTO)
+    batch, time, channels, state = _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
+    check("C", C, "[batch, time, state]", batch, time, state)
+    check("D", D, "[channels]", channels)
+    check("z", z, "[batch, time, channels]", batch, time, channels)
+    check("initial_state", initial_state, "[batch, channels, state]", batch, channels, state)
+    x_dtype = x.dtype
+    x, dt, A, B, C, D, z, dt_bias, initial_state = _promote(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    y, final_state = _SCANS[name](
+        x,
+        _step_sizes(dt, dt_bias, dt_softplus),
+        A,
+        B,
+        C,
+        _zero_state(x, A) if initial_state is None else initial_state,
+        reset,
+        chunk_size,
+    )
+    if D is not None:
+        y = y + D * x
+    if z is not None:
+        y = y * jax.nn.silu(z)
+    return y.astype(x_dtype), final_state
+
+
+def selective_scan_summary(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    *,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = False,
+    reset: jax.Array | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> ScanSummary:
+    """What ``selective_scan`` of the same arguments does to the state, without its outputs.
+
+    Cheaper than the scan, and it needs no initial state: devices that hold consecutive stretches of time compute their
+    summaries side by side, compose them, and then scan from the right states.
+
+    Args, dtypes and errors as in ``selective_scan``. Returns a ``ScanSummary``.
+    """
+    name = resolve_backend(backend, _SCANS, _AUTO)
+    _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
+    x, dt, A, B, dt_bias = _promote(x, dt, A, B, dt_bias)
+    dt = _step_sizes(dt, dt_bias, dt_softplus)
+    _, state = _SCANS[name](x, dt, A, B, None, _zero_state(x, A), reset, chunk_size)
+    any_reset = jnp.zeros_like(dt[:, 0, 0], dtype=bool) if reset is None else reset.any(axis=1)
+    return ScanSummary(dt.sum(axis=1), any_reset, state)
+
+
+def _step_sizes(dt: jax.Array, dt_bias: jax.Array | None, dt_softplus: bool) -> jax.Array:
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    return jax.nn.softplus(dt) if dt_softplus else dt
+
+
+def _zero_state(x: jax.Array, A: jax.Array) -> jax.Array:
+    # Made from x, so that inside a shard_map the state varies over the mesh axes over which x varies.
+    return jnp.broadcast_to(jnp.zeros_like(x[:, 0, :, None]), (x.shape[0], *A.shape))
+
+
+def _promote(*arrays: jax.Array | None) -> list[jax.Array | None]:
+    dtype = jnp.result_type(jnp.float32, *(array for array in arrays if array is not None))
+    return [None if array is None else array.astype(dtype) for array in arrays]
+
+
+def _check_map(x, dt, A, B, dt_bias, reset, chunk_size) -> tuple[int, int, int, int]:
+    """Check the arguments that the scan and its summary share; return batch, time, channels, state."""
+    check("x", x, "[batch, time, channels]", None, None, None)
+    batch, time, channels = x.shape
+    if time == 0:
+        raise ValueError(f"x: shape {x.shape}, expected at least one token of time")
+    check("A", A, "[channels, state]", channels, None)
+    state = A.shape[1]
+    check("dt", dt, "[batch, time, channels]", batch, time, channels)
+    check("B", B, "[batch, time, state]", batch, time, state)
+    check("dt_bias", dt_bias, "[channels]", channels)
+    check("reset", reset, "[batch, time]", batch, time, kind=bool)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size}, expected at least 1")
+    return batch, time, channels, state

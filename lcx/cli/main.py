@@ -1,0 +1,56 @@
+"""`lcx VERB ...`: finds the verb's main, runs it, and turns what a user can mend into one sentence and exit code 2."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from lcx import __version__
+from lcx.cli.flags import Help
+from lcx.errors import UserError, suggest
+
+# The verb: (the module whose `main(argv) -> exit code` it is, what it does).
+VERBS = {
+    "train": ("lcx.cli.train", "train a model, or go on with a run"),
+    "generate": ("lcx.cli.generate", "write text with a trained model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: the process's) and returns the exit code."""
+    return run(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def run(verb_main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of `verb_main(argv)`.
+
+    2 with the message on stderr for a UserError, 0 with the text on stdout for `--help`, 1 for an interrupt that the
+    verb did not answer by saving. Any other exception goes through: a traceback, and exit code 1.
+    """
+    try:
+        return verb_main(list(argv))
+    except Help as text:
+        print(text)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-help", "-h", "help"):
+        raise Help(_usage())
+    verb, *rest = argv
+    if verb == "--version":
+        raise Help(f"lcx {__version__}")
+    if verb not in VERBS:
+        raise UserError(f'unknown verb "{verb}": {suggest(verb, VERBS)}')
+    return importlib.import_module(VERBS[verb][0]).main(rest)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(["usage: lcx VERB [flags]", "", *verbs, "", "lcx VERB --help tells a verb's flags."])

@@ -1,0 +1,42 @@
+"""`lcx train`: wires config, data, trainer and evaluation into a run."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lcx.cli.flags import CONFIG, WORKDIR, parse, read_config
+from lcx.training import preemption  # the standard library alone: signals are caught before the heavy imports
+
+if TYPE_CHECKING:
+    from lcx.config import Config
+
+SUMMARY = "Trains a model. The same command with the same workdir goes on where the run was."
+INTERRUPTED = 75  # what a scheduler takes as: start me again
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code. An interrupted run is saved and ends the process with 75."""
+    values = parse("train", SUMMARY, [CONFIG, WORKDIR], argv)
+    config = read_config(values)
+    preemption.install()
+    try:
+        train(config, values.workdir)
+    except preemption.Interrupted:
+        command = shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)
+        print(f"Interrupted; all steps are saved. To go on, give the same command:\n  {command}", flush=True)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # a compilation may still be running in a thread, and would be waited for
+    return 0
+
+
+def train(config: "Config | Mapping[str, Any]", workdir: str) -> dict[str, Any]:
+    """Trains the model of a config in a workdir, or goes on with the run that is there.
+
+    Returns the final evaluation, as evaluation/heldout.json has it. Raises UserError for what the user can mend, and
+    Interrupted where `preemption.install` was called and the process is asked to stop.
+    """
+    from lcx.cli.run import run  # takes seconds: JAX, flax, orbax
+
+    return run(config, workdir)

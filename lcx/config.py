@@ -1,0 +1,299 @@
+"""What a run is made of: `ConfigDict` at the edge, frozen dataclasses inside.
+
+A config file has `get_config(arg="")`, which changes what it needs on `default_config()` and returns it. Overrides of
+the command line act on that ConfigDict; `Config.from_dict` then turns it into the frozen dataclasses that the rest of
+lcx reads, and refuses unknown keys and impossible values. What only a model can know (heads that do not divide, a
+mixer's options, the pattern) is validated where the model is built.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+from ml_collections import ConfigDict
+
+from lcx.errors import UserError, suggest
+from lcx.schema import build, coerce, join, limited, plain
+
+SEED_LIMIT = 2**31 - 1
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+class Section:
+    """What every part of a config can do."""
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """An instance from a ConfigDict, a mapping or an instance (validated again); raises UserError."""
+        return build(cls, values, cls.__name__.removesuffix("Config").lower())
+
+    def to_dict(self) -> dict:
+        """The same as dicts, lists and scalars, for JSON; `from_dict` of it gives an equal instance."""
+        return plain(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """A residual stack: the pattern's mixers, `periods` times, between embedding and head."""
+
+    family: str = "custom"  # for people and reports; nothing is computed from it
+    pattern: str = ""  # names of mixers, "mamba mlp swa mlp"; parallel(a, b) sums two mixers of one input
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name: {type, and the options of that type}
+    periods: int = limited(1, minimum=1)  # repeats of the pattern
+    d_model: int = limited(128, minimum=1)  # width of the residual stream
+    vocab_size: int = limited(256, minimum=2)  # rows of the embedding
+    tie_embeddings: bool = True  # the head is the embedding
+    norm_eps: float = limited(1e-5, above=0)  # added to the mean square in every RMSNorm
+    init: Literal["fan_in", "small", "normal"] = "fan_in"  # a scheme of lcx.layers.initializers
+    param_dtype: Dtype = "float32"  # parameters and optimizer state
+    compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
+    residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype
+    # Mixer: what its backward pass computes again: nothing, all but matrix products, all. Not named: nothing.
+    remat: Mapping[str, Literal["none", "dots", "full"]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.remat:
+            if name not in self.mixers:
+                raise UserError(f"model.remat.{name}: no mixer has this name: {suggest(name, self.mixers)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Section):
+    """One corpus of the mixture."""
+
+    name: str  # in reports
+    path: str  # file, folder or glob; "stdlib" is the source code of the running Python's standard library
+    format: str = "auto"  # auto: by the file names
+    weight: float = limited(1.0, above=0)  # share of the mixture, relative to the other sources'
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where tokens come from. A batch is a pure function of this section, batch_size, sequence_length and an index."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(name="python", path="stdlib"),)
+    tokenizer: str = "bytes"  # "bytes" (256 tokens), or the path of a tokenizers JSON file
+    packing: Literal["concatenate"] = "concatenate"  # documents end to end, cut into rows
+    workers: int = limited(2, minimum=0)  # threads that read ahead; 0 reads in line
+    seed: int = limited(0, minimum=0, maximum=SEED_LIMIT)  # of shuffling
+
+    def __post_init__(self):
+        names = [source.name for source in self.sources]
+        if not names:
+            raise UserError("data.sources is empty: give at least one record with name and path.")
+        if len(set(names)) < len(names):
+            raise UserError(f"data.sources must have different names, not {', '.join(names)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """The length and the shape of a run."""
+
+    steps: int = limited(1000, minimum=1)  # optimizer steps; may change when a run is resumed
+    batch_size: int = limited(8, minimum=1)  # sequences a step
+    sequence_length: int = limited(512, minimum=1)  # tokens a sequence
+    accumulate: int = limited(1, minimum=1)  # micro-batches that a step's gradient is summed over
+    loss_chunk_size: int = limited(1024, minimum=1)  # tokens whose logits exist at one time
+    z_loss: float = limited(0.0, minimum=0)  # weight of the mean squared log-sum-exp of the logits
+    seed: int = limited(0, minimum=0, maximum=SEED_LIMIT)  # of initialisation
+
+    def __post_init__(self):
+        if self.batch_size % self.accumulate:
+            raise UserError(f"train.accumulate = {self.accumulate} must divide train.batch_size = {self.batch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """Which update, and how large. Warm-up and decay are clamped to the run's steps where the schedule is built."""
+
+    name: str = "adamw"  # a name of the table in lcx.training.optimizers
+    learning_rate: float = limited(3e-4, minimum=0)  # peak
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm up, stay, decay
+    warmup_steps: int = limited(100, minimum=0)  # linear, from 0 to the peak
+    final_ratio: float = limited(0.1, minimum=0, maximum=1)  # learning rate of the last step over the peak
+    decay_fraction: float = limited(0.1, minimum=0, maximum=1)  # wsd: share of the steps that decay
+    weight_decay: float = limited(0.1, minimum=0)  # decoupled; times the learning rate
+    decay_all: bool = False  # decay every parameter, as the SAMBA code does, not only those that declare it
+    betas: tuple[float, float] = limited((0.9, 0.95), minimum=0, below=1)  # decay of the first and second moment
+    eps: float = limited(1e-8, above=0)
+    clip_norm: float = limited(1.0, above=0)  # largest global norm of the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """Devices along each axis of the mesh; together all visible ones. -1 takes what the other axes leave."""
+
+    data: int = -1  # batch
+    fsdp: int = 1  # batch, and parameters sharded
+    seq: int = 1  # time
+    tensor: int = 1  # heads and channels
+
+    def __post_init__(self):
+        axes = asdict(self)
+        for name, size in axes.items():
+            if size != -1 and size < 1:
+                raise UserError(f"mesh.{name} must be at least 1, or -1 for the devices left over, not {size}.")
+        if list(axes.values()).count(-1) > 1:
+            free = " and ".join(f"mesh.{name}" for name, size in axes.items() if size == -1)
+            raise UserError(f"{free} are both -1: only one axis can take the devices left over.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When the state is saved; the last step always is."""
+
+    every: int = limited(500, minimum=1)  # steps
+    keep: int = limited(3, minimum=1)  # newest checkpoints that stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """When held-out rows are scored; after the last step they always are."""
+
+    every: int = limited(0, minimum=0)  # steps; 0: only at the end
+    max_rows: int = limited(512, minimum=0)  # held-out rows scored; 0: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Section):
+    """What a run says of itself."""
+
+    every: int = limited(10, minimum=1)  # steps from one line of metrics to the next
+    tensorboard: bool = True  # the same numbers for TensorBoard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """An instance from a ConfigDict, a mapping or an instance (validated again); raises UserError."""
+        return build(cls, values)
+
+
+def default_config() -> ConfigDict:
+    """All fields with their defaults, to be changed by a config file."""
+    return _config_dict(Config().to_dict())
+
+
+def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """`table[name]`; a UserError names the `kind` of thing, the nearest match and what there is."""
+    if name not in table:
+        raise UserError(f'unknown {kind} "{name}": {suggest(name, table)}')
+    return table[name]
+
+
+def parse_options(arg: str, **defaults: Any) -> dict[str, Any]:
+    """The options of a config file: "size=421m,sequence_length=32768" over `defaults`, with their types.
+
+    A default that is a type (`sequence_length=int`) means None when the option is left out; a default of None takes
+    text. Raises UserError for an unknown option and for a value of another type.
+    """
+    options = {name: None if isinstance(default, type) else default for name, default in defaults.items()}
+    for part in filter(None, arg.split(",")):
+        name, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise UserError(f'"{part}" is not an option of a config file: write name=value. {suggest(name, defaults)}')
+        default = choose("option of the config file", name, defaults)
+        kind = default if isinstance(default, type) else str if default is None else type(default)
+        options[name] = coerce(text, kind, f'option "{name}"')
+    return options
+
+
+def load_config(argument: str | os.PathLike) -> ConfigDict:
+    """The config of a file: "configs/samba.py:size=421m" runs its `get_config("size=421m")` over `default_config()`.
+
+    Whatever goes wrong in the file is a UserError that names the file, the line and the mistake.
+    """
+    path, _, arg = os.fspath(argument).partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f'config file "{path}" is not there (from {os.getcwd()}).')
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"lcx_config_{path}"), path)
+    if spec is None:
+        raise UserError(f'config file "{path}" must be a Python file (.py).')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f'config file "{path}" has no function get_config(arg="").')
+        values = module.get_config(arg) if arg else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {line[-1]}" if line else path
+        raise UserError(f"config file {where}: {type(error).__name__}: {error}") from error
+    if not hasattr(values, "items"):
+        raise UserError(f'get_config of "{path}" must return a ConfigDict, not {type(values).__name__}.')
+    config = default_config()
+    config.update(_config_dict(values))
+    return config
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets the field `key` ("model.mixers.swa.window", "data.sources[0].path") of `config` in place.
+
+    The text is read as a Python literal, or kept where it is none, or where the field holds text. Options of a mixer,
+    remat policies and fields of a source need not exist yet, and `model.mixers.NAME.type` makes a new mixer; any other
+    unknown key is a UserError.
+    """
+    if not re.fullmatch(r"[^.\[\]]+(\[\d+\])*(\.[^.\[\]]+(\[\d+\])*)*", key):
+        raise UserError(f'"{key}" is not a key of the config: write it like model.d_model or data.sources[0].path.')
+    *parents, last = (int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", key))
+    node, path = config, ""
+    for step in parents:
+        if path == "model.mixers" and last == "type" and hasattr(node, "items") and step not in node:
+            node[step] = {}
+        node, path = _child(node, step, path), _extend(path, step)
+    open_record = path.startswith(("model.mixers.", "model.remat", "data.sources["))
+    is_new = open_record and hasattr(node, "items") and last not in node
+    current = None if is_new else _child(node, last, path)
+    value = _literal(text)
+    node[last] = text if isinstance(current, str) and not isinstance(value, str) else value
+
+
+def _child(node: Any, step: str | int, path: str) -> Any:
+    key = _extend(path, step)
+    if isinstance(step, int):
+        if not isinstance(node, list):
+            raise UserError(f'"{key}" is not a key of the config: {path} is not a list.')
+        if step >= len(node):
+            raise UserError(f"{key} is out of range: {path} has {len(node)} element(s), counted from 0.")
+    elif not hasattr(node, "items"):
+        raise UserError(f'unknown key "{key}": {path} has no fields of its own.')
+    elif step not in node:
+        raise UserError(f'unknown key "{key}": {suggest(step, node.keys())}')
+    return node[step]
+
+
+def _extend(path: str, step: str | int) -> str:
+    return f"{path}[{step}]" if isinstance(step, int) else join(path, step)
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false", "none"):
+        text = text.capitalize()
+    try:
+        return plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _config_dict(values: Any) -> ConfigDict:
+    """A ConfigDict that takes a value of any type: what is allowed is decided in one place, `Config.from_dict`."""
+    return ConfigDict(plain(values), type_safe=False)

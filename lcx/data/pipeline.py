@@ -1,0 +1,107 @@
+"""Batches: any training batch from its index, the held-out pass, and a reader that stays ahead of the trainer."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lcx.config import Config
+from lcx.data.packing import Slots, cut_places, make_batch, permute_rows, read_slots, read_stream
+from lcx.data.sources import Corpus, Documents, load_corpus
+from lcx.data.tokenizers import load_tokenizer
+from lcx.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def batch(config: Config | Mapping, data_index: int, rows: Sequence[int] | None = None) -> Batch:
+    """The training batch of an index: a pure function of the config and the index.
+
+    Args: config, a Config or the mapping that makes one; data_index from 0; rows, the rows of the batch that are
+    wanted, each in range(batch_size), or None for all.
+
+    Returns the arrays of packing.make_batch for rows [data_index * batch_size + r for r in rows] of the stream, in the
+    order of `rows`. Raises UserError as load_corpus.
+    """
+    config = _as_config(config)
+    documents = training_corpus(config).train
+    wanted = np.arange(config.train.batch_size) if rows is None else np.asarray(rows, np.int64)
+    row_index = data_index * config.train.batch_size + wanted
+    length, seed = config.train.sequence_length, config.data.seed
+    places = cut_places(permute_rows(row_index, documents.tokens.size, length, seed), length)
+    tokens, first = read_stream(documents, seed, places)
+    return make_batch(tokens, first, np.zeros_like(first), row_index)
+
+
+def _as_config(config: Config | Mapping) -> Config:
+    """A Config as it is: to validate it again would take as long as to read a batch."""
+    return config if isinstance(config, Config) else Config.from_dict(config)
+
+
+def training_corpus(config: Config) -> Corpus:
+    """The corpus, once it is clear that the model has an embedding for each of its tokens."""
+    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    if vocab_size > config.model.vocab_size:
+        raise UserError(
+            f'model.vocab_size is {config.model.vocab_size}, but the tokenizer "{config.data.tokenizer}" '
+            f"has {vocab_size} tokens: set it to at least that."
+        )
+    return load_corpus(config.data)
+
+
+def heldout_documents(config: Config | Mapping, max_rows: int = 0) -> Documents:
+    """The held-out documents that `max_rows` rows score (0 = all), in order, the last one cut where the rows end.
+
+    A yardstick that scores these documents, each one's first token left out, scores what heldout_batches does.
+    """
+    config = _as_config(config)
+    heldout = training_corpus(config).heldout
+    length = config.train.sequence_length
+    if not max_rows or heldout.tokens.size <= max_rows * length + 1:
+        return heldout
+    end = max_rows * length + 1  # the last row's last target included
+    count = int(np.searchsorted(heldout.offsets, end))
+    return Documents(heldout.tokens[:end], np.append(heldout.offsets[:count], end), heldout.names[:count])
+
+
+def heldout_batches(config: Config | Mapping, max_rows: int = 0) -> Iterator[Batch]:
+    """One pass over the held-out documents, in order, in full batches; nothing is yielded if nothing is held out.
+
+    Each token but a document's first is a target of weight 1 exactly once. The last row is padded (segment 0, weight
+    0), and the last batch with rows of padding. max_rows: stop after this many rows, 0 = never.
+    """
+    config = _as_config(config)
+    documents = heldout_documents(config, max_rows)
+    length, batch_size, total = config.train.sequence_length, config.train.batch_size, documents.tokens.size
+    unshuffled = Slots(np.arange(len(documents)), documents.offsets[:-1])
+    for start in range(0, -(-(total - 1) // length), batch_size):
+        row_index = np.arange(start, start + batch_size)
+        places = cut_places(row_index, length)
+        tokens, first = read_slots(documents, unshuffled, np.minimum(places, total - 1))
+        padding = places >= total
+        first = np.where(padding, places == total, first)
+        yield make_batch(np.where(padding, 0, tokens).astype(np.int32), first, padding, row_index)
+
+
+def read_ahead(config: Config | Mapping, start_index: int = 0) -> Iterator[tuple[int, Batch]]:
+    """(data_index, batch) for data_index = start_index, start_index + 1, ... without end.
+
+    data.workers threads read ahead, 0 reads in line; the batches are the same. The corpus is loaded before this
+    returns, so that its UserErrors come at once. Close the generator, or drop it, to stop the threads.
+    """
+    config = _as_config(config)
+    training_corpus(config)
+    return _read_ahead(config, start_index)
+
+
+def _read_ahead(config: Config, start_index: int) -> Iterator[tuple[int, Batch]]:
+    import grain  # takes a second, which only training should pay
+
+    # Threads: worker processes outlive a killed parent. More threads or a longer buffer than this gains nothing.
+    options = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
+    indices = grain.MapDataset.range(start_index, sys.maxsize)
+    reader = iter(indices.map(lambda index: (index, batch(config, index))).to_iter_dataset(options))
+    try:
+        yield from reader
+    finally:
+        reader.close()

@@ -1,0 +1,66 @@
+"""Shuffles that are addressed by index: a keyed bijection of range(n), and the order of documents in an epoch."""
+
+import hashlib
+import math
+
+import numpy as np
+
+ROUNDS = 8
+
+
+def make_key(purpose: str, *numbers: int) -> int:
+    """A 64-bit key from what a shuffle is for and what it depends on (seed, epoch); the same on every machine."""
+    text = " ".join([purpose, *(str(int(number)) for number in numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def permute(index: np.ndarray, n: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
+    """Where a keyed random permutation of range(n) puts each index, in O(1) an index and without a table.
+
+    A Feistel network over pairs (left, right) in range(a) x range(b) with a * b just above n; what lands at or above n
+    goes through again until it is inside ("cycle walking"), which keeps it a bijection: Black and Rogaway, "Ciphers
+    with Arbitrary Finite Domains" (2002), method 3.
+
+    Args: index, integers in range(n); n from 1 to 2**62; key 64 bits. They broadcast. Returns int64.
+    """
+    index, n, key = np.broadcast_arrays(*(np.asarray(argument, np.uint64) for argument in (index, n, key)))
+    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
+    b = (n + a - np.uint64(1)) // a
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        out = _encrypt(index, a, b, key)
+        while (outside := out >= n).any():
+            out = np.where(outside, _encrypt(out, a, b, key), out)
+    return out.astype(np.int64)
+
+
+def _encrypt(value: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A bijection of range(a * b), all uint64: left and right take turns to be shifted by a hash of the other."""
+    left, right = value // b, value % b
+    for round_number in range(0, ROUNDS, 2):
+        left = (left + _mix(_mix(key + np.uint64(round_number)) ^ right) % a) % a
+        right = (right + _mix(_mix(key + np.uint64(round_number + 1)) ^ left) % b) % b
+    return left * b + right
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's step, a bijection of 64 bits with good avalanche: Steele, Lea and Flood (2014)."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def document_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The documents of an epoch in the order in which they are read, int64 [n]: blocks shuffled, then within blocks.
+
+    Two levels keep neighbours of the storage near each other in the stream, so that a reader touches about sqrt(n)
+    places at a time and a table over blocks suffices to find a document.
+    """
+    block_size = math.isqrt(n - 1) + 1  # ceil(sqrt(n))
+    blocks = -(-n // block_size)
+    block_order = permute(np.arange(blocks), blocks, make_key("blocks", seed, epoch))
+    sizes = np.minimum(block_size, n - block_order * block_size)
+    block = np.repeat(block_order, sizes)
+    within = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    key = np.uint64(make_key("documents", seed, epoch)) ^ block.astype(np.uint64)
+    return block * block_size + permute(within, np.repeat(sizes, sizes), key)

@@ -1,0 +1,100 @@
+"""What the laws are applied to: a sequence function with parameters, and its pullback."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lcx.config import ModelConfig
+from lcx.mixers import Context, Mixer, ModelDims
+from lcx.models import LanguageModel
+from lcx.params import create
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A chunk's results and what the cotangents of its results became, as NumPy arrays."""
+
+    y: np.ndarray  # [batch, time, d_model]
+    state: Any  # after the chunk
+    params_gradient: dict
+    x_gradient: np.ndarray  # [batch, time, d_model]
+    state_gradient: Any  # of the state before the chunk; None where that was None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mixer as a pure function of its parameters.
+
+    `batch_axis` is the batch's axis in the state's arrays: 0 in a mixer, 1 in a stack, whose states are stacked over
+    the periods.
+    """
+
+    name: str
+    apply: Callable[[dict, jax.Array, Any, Context], tuple[jax.Array, Any]]
+    params: dict
+    init_state: Callable[[int, int], Any]
+    d_model: int
+    dtype: str
+    batch_axis: int = 0
+    _compiled: dict = field(default_factory=dict, compare=False)
+
+    def pull(self, x: np.ndarray, state: Any, context: Context, dy: np.ndarray, dstate: Any = None) -> Pull:
+        """Runs a chunk and pulls cotangents back through it; compiled once for each length.
+
+        Args:
+          x, dy: [batch, time, d_model]; dy is the cotangent of y.
+          state: the state before the chunk, or None.
+          dstate: the cotangent of the state after it; None is zero.
+        """
+        if "pull" not in self._compiled:
+            self._compiled["pull"] = jax.jit(self._pull)
+        if dstate is None:  # zeros rather than another program
+            dstate = jax.tree.map(np.zeros_like, state)
+        return Pull(*jax.device_get(self._compiled["pull"](self.params, x, state, context, dy, dstate)))
+
+    def take_rows(self, state: Any, rows: Any) -> Any:
+        """The given rows of a state, in the given order."""
+        return jax.tree.map(lambda leaf: np.take(leaf, rows, axis=self.batch_axis), state)
+
+    def _pull(self, params: dict, x: jax.Array, state: Any, context: Context, dy: jax.Array, dstate: Any) -> tuple:
+        function = lambda params, x, state: self.apply(params, x, state, context)  # noqa: E731
+        results, pullback = jax.vjp(function, params, x, state)
+        return (*results, *pullback((dy, dstate)))
+
+
+def mixer_subject(name: str, mixer: type[Mixer], options: dict, dtype: str, d_model: int = 32) -> Subject:
+    """A single mixer, made small, in float32 or float64 throughout."""
+    dims = ModelDims(d_model, sublayers=2, param_dtype=jnp.dtype(dtype), compute_dtype=jnp.dtype(dtype))
+    graphdef, params = create(lambda: mixer(mixer.Options(**options), dims, nnx.Rngs(0)))
+
+    def apply(params: dict, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        return nnx.merge(graphdef, params)(x, state, context)[:2]
+
+    init_state = nnx.merge(graphdef, params).init_state
+    return Subject(name, apply, spread(params), init_state, d_model, dtype)
+
+
+def stack_subject(name: str, config: ModelConfig) -> Subject:
+    """The stack of a language model; parameters and activations have the config's dtypes."""
+    graphdef, params = create(lambda: LanguageModel(config, nnx.Rngs(0)).stack)
+
+    def apply(params: dict, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        return nnx.merge(graphdef, params)(x, state, context)[:2]
+
+    init_state = nnx.merge(graphdef, params).init_state
+    return Subject(name, apply, spread(params), init_state, config.d_model, config.param_dtype, batch_axis=1)
+
+
+def spread(params: dict) -> dict:
+    """The parameters, each moved a little by a fixed pattern: constants (norms, D, A_log) would hide swapped axes."""
+
+    def move(leaf: np.ndarray) -> np.ndarray:
+        wave = np.sin(1.0 + 1.7 * np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+        return leaf * (1 + 0.2 * wave).astype(leaf.dtype) + 0.02 * wave.astype(leaf.dtype)
+
+    return jax.tree.map(move, jax.device_get(params))

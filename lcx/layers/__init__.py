@@ -1,0 +1,1 @@
+"""The parts that mixers and models are made of."""

@@ -1,0 +1,26 @@
+"""Token embedding and output head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.params import Initializer, param
+
+
+class Embedding(nnx.Module):
+    """A table [vocab_size, d_model] that embeds tokens and, when tied, also scores them."""
+
+    def __init__(self, vocab_size: int, d_model: int, init: Initializer, rngs: nnx.Rngs, *, dtype: Any = jnp.float32):
+        self.table = param(rngs, (vocab_size, d_model), ("vocab", "d_model"), init, dtype=dtype)
+
+    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """tokens: int32 [batch, time]; returns [batch, time, d_model] in dtype."""
+        return jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: [..., d_model]; returns [..., vocab_size], accumulated and given in at least float32."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        table = self.table[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=wide)

@@ -1,0 +1,28 @@
+"""Root-mean-square normalisation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.layers.initializers import Constant
+from lcx.params import param
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale, over the last axis (Zhang and Sennrich, arXiv 1910.07467, eq. 4).
+
+    Statistics are at least float32; the result is cast to the input's dtype before the scale is applied, the order of
+    Hugging Face's Llama.
+    """
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs, *, axis: str | None = None, dtype: Any = jnp.float32):
+        self.eps = eps
+        self.scale = param(rngs, (width,), (axis,), Constant(1.0), dtype=dtype, decay=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., width]; returns the same shape and dtype."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse).astype(x.dtype) * self.scale[...].astype(x.dtype)

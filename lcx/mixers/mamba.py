@@ -1,0 +1,121 @@
+"""Mamba: a selective state-space mixer (Gu and Dao, arXiv 2312.00752)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogArange, Uniform
+from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State
+from lcx.params import param
+from lcx.schema import limited
+from lcx_kernels.causal_conv import causal_conv
+from lcx_kernels.selective_scan import selective_scan
+
+CHANNELS = ("batch", "time", "inner")
+TOKEN = ("batch", "time")
+
+
+@dataclass(frozen=True)
+class MambaOptions:
+    """Options of `type: "mamba"`; the defaults are the paper's."""
+
+    expand: int = limited(2, minimum=1)  # inner width over d_model
+    state_size: int = limited(16, minimum=1)
+    conv_width: int = limited(4, minimum=1)
+    dt_rank: int | None = limited(None, minimum=1)  # None: ceil(d_model / 16)
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    chunk_size: int | None = limited(None, minimum=1)  # None: the backend's choice
+    backend: str = "auto"
+
+
+class Mamba(Mixer):
+    """x, z = in_proj(u); x = silu(conv(x)); dt, B, C = x_proj(x); y = scan(x, dt, A, B, C) + D x; out_proj(y silu(z)).
+
+    The state is the last conv_width - 1 inputs of the convolution and the recurrent state [batch, inner, N].
+    """
+
+    Options = MambaOptions
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {"state_size": 4, "chunk_size": 4}}
+
+    def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
+        inner = options.expand * dims.d_model
+        rank = options.dt_rank or math.ceil(dims.d_model / 16)
+        size, width, dtype = options.state_size, options.conv_width, dims.param_dtype
+        self.options, self.dims = options, dims
+        self.inner, self.splits = inner, (rank, rank + size)
+        self.in_proj = dims.dense(dims.d_model, (2, inner), ("d_model", None, "inner"), rngs)
+        bound = Uniform(1 / math.sqrt(width))  # PyTorch's default for a depthwise convolution
+        self.conv_weight = param(rngs, (inner, width), ("inner", None), bound, dtype=dtype)
+        self.conv_bias = param(rngs, (inner,), ("inner",), bound, dtype=dtype, decay=False)
+        self.x_proj = dims.dense(inner, rank + 2 * size, ("inner", None), rngs)
+        self.dt_proj = param(rngs, (rank, inner), (None, "inner"), Uniform(1 / math.sqrt(rank)), dtype=dtype)
+        dt_init = InverseSoftplusLogUniform(options.dt_min, options.dt_max, options.dt_init_floor)
+        self.dt_bias = param(rngs, (inner,), ("inner",), dt_init, dtype=dtype, decay=False)
+        self.A_log = param(rngs, (inner, size), ("inner", None), LogArange(), dtype=dtype, decay=False)
+        self.D = param(rngs, (inner,), ("inner",), Constant(1.0), dtype=dtype, decay=False)
+        self.out_proj = dims.output(inner, ("inner", "d_model"), rngs)
+
+    def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
+        past = state or {"conv": None, "ssm": None}
+        projected = self.in_proj(x)
+        x, z = projected[:, :, 0], projected[:, :, 1]
+        x, tail = self._convolve(x, past["conv"], context)
+        x = jax.nn.silu(x)
+        dt, B, C = jnp.split(self.x_proj(x), self.splits, axis=-1)
+        dt = dt @ self.dt_proj[...].astype(x.dtype)
+        y, ssm = self._scan(x, dt, B, C, z, past["ssm"], context)
+        metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
+        return self.out_proj(y), {"conv": tail, "ssm": ssm}, {"metrics": metrics}
+
+    def _convolve(self, x: jax.Array, tail: jax.Array | None, context: Context) -> tuple[jax.Array, jax.Array]:
+        width = self.options.conv_width
+
+        def local(x, tail, weight, bias, lookback):
+            return causal_conv(x, weight, bias, tail=tail, lookback=lookback)
+
+        tail_shape, tail_axes = (x.shape[0], width - 1, self.inner), ("batch", None, "inner")
+        weight, bias = self.conv_weight[...].astype(x.dtype), self.conv_bias[...].astype(x.dtype)
+        return context.shard.kernel(
+            local,
+            dict(x=x, tail=tail, weight=weight, bias=bias, lookback=context.lookback),
+            dict(x=CHANNELS, tail=tail_axes, weight=("inner", None), bias=("inner",), lookback=TOKEN),
+            ((x.shape, CHANNELS), (tail_shape, tail_axes)),
+        )
+
+    def _scan(
+        self,
+        x: jax.Array,
+        dt: jax.Array,
+        B: jax.Array,
+        C: jax.Array,
+        z: jax.Array,
+        ssm: jax.Array | None,
+        context: Context,
+    ) -> tuple[jax.Array, jax.Array]:
+        options, wide = self.options, self.dims.state_dtype
+
+        def local(**arrays):
+            return selective_scan(**arrays, dt_softplus=True, backend=options.backend, chunk_size=options.chunk_size)
+
+        state_shape, state_axes = (x.shape[0], self.inner, options.state_size), ("batch", "inner", None)
+        shared = ("batch", "time", None)
+        arrays = dict(x=x, dt=dt, B=B, C=C, z=z, initial_state=ssm, reset=context.reset)
+        arrays["A"] = -jnp.exp(self.A_log[...].astype(wide))
+        arrays["D"] = self.D[...].astype(wide)
+        arrays["dt_bias"] = self.dt_bias[...].astype(wide)
+        axes = dict(x=CHANNELS, dt=CHANNELS, z=CHANNELS, B=shared, C=shared, reset=TOKEN, initial_state=state_axes)
+        axes |= dict(A=("inner", None), D=("inner",), dt_bias=("inner",))
+        return context.shard.kernel(local, arrays, axes, ((x.shape, CHANNELS), (state_shape, state_axes)))
+
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        del max_length
+        tail = (batch_size, self.options.conv_width - 1, self.inner)
+        state = (batch_size, self.inner, self.options.state_size)
+        return {"conv": jnp.zeros(tail, self.dims.compute_dtype), "ssm": jnp.zeros(state, self.dims.state_dtype)}

@@ -1,0 +1,116 @@
+"""The residual stack: a period of layers, scanned over its repeats. It is itself a mixer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.layers.norm import RMSNorm
+from lcx.mixers import Context, Mixer, ModelDims, build_mixer
+from lcx.models.pattern import Pattern, layer_names
+from lcx.parallel.sharding import constrain
+from lcx.params import split
+
+# What a layer keeps of its forward pass for its backward pass.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Layer(nnx.Module):
+    """y = sum of the mixers of norm(x): one pre-norm residual branch, or several in parallel."""
+
+    def __init__(self, names: tuple[str, ...], records: Mapping[str, Any], dims: ModelDims, rngs: nnx.Rngs):
+        self.norm = RMSNorm(dims.d_model, dims.norm_eps, rngs, dtype=dims.param_dtype)
+        self.mixers = nnx.Dict({name: build_mixer(name, records[name], dims, rngs) for name in names})
+
+    def branch(self, name: str, x: jax.Array, state: dict | None, context: Context, dtype: Any) -> tuple:
+        """One mixer of the normed stream: (y, state, aux)."""
+        return self.mixers[name](self.norm(x).astype(dtype), state, context)
+
+
+class Stack(nnx.Module):
+    """`periods` repeats of a pattern of layers; parameters of the repeats are stacked on a first axis.
+
+    Called like a mixer: x [batch, time, d_model] in the residual dtype, state by layer and mixer with a first axis of
+    periods, and returns (x, state, aux), aux stacked likewise.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        records: Mapping[str, Any],
+        remat: Mapping[str, str],
+        periods: int,
+        dims: ModelDims,
+        rngs: nnx.Rngs,
+    ):
+        self.periods, self.dims = periods, dims
+        self.policies = tuple(sorted((name, remat.get(name, "none")) for names in pattern for name in names))
+
+        @nnx.split_rngs(splits=periods)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def repeated(rngs: nnx.Rngs) -> nnx.Dict:
+            layers = zip(layer_names(pattern), pattern, strict=True)
+            return nnx.Dict({key: Layer(names, records, dims, rngs) for key, names in layers})
+
+        self.layers = repeated(rngs)
+
+    def __call__(self, x: jax.Array, state: dict | None, context: Context) -> tuple[jax.Array, dict, dict]:
+        graphdef, params = split(self.layers)
+        policies = dict(self.policies)
+
+        def branch(params: dict, key: str, name: str, x: jax.Array, state: dict | None, context: Context) -> tuple:
+            layer = nnx.merge(graphdef, params)[key]
+            return layer.branch(name, x, state, context, self.dims.compute_dtype)
+
+        def period(x: jax.Array, scanned: tuple) -> tuple:
+            params, state = scanned
+            states, aux = {}, {}
+            for key, layer in self.layers.items():
+                results = {}
+                for name in layer.mixers:
+                    run = _remat(branch, policies[name])
+                    results[name] = run(params, key, name, x, state and state[key][name], context)
+                x = x + sum(y.astype(x.dtype) for y, _, _ in results.values())
+                x = constrain(x, ("batch", "time", None))
+                states[key] = {name: result[1] for name, result in results.items()}
+                aux[key] = {name: result[2] for name, result in results.items()}
+            return x, (states, aux)
+
+        x, (states, aux) = jax.lax.scan(period, x, (params, state), length=self.periods)
+        return x, states, aux
+
+    def init_state(self, batch_size: int, max_length: int) -> dict:
+        """Empty states of all mixers, by layer and mixer, stacked over the periods."""
+
+        def stacked(mixer: Mixer) -> dict:
+            state = mixer.init_state(batch_size, max_length)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.periods, *leaf.shape)), state)
+
+        return {
+            key: {name: stacked(mixer) for name, mixer in layer.mixers.items()} for key, layer in self.layers.items()
+        }
+
+    def capacity(self, state: dict | None) -> int | None:
+        """The tokens that the smallest of the states can hold; None where no mixer's state grows."""
+        if state is None:
+            return None
+        found = []
+        for key, layer in self.layers.items():
+            for name, mixer in layer.mixers.items():
+                one_period = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state[key][name]
+                )
+                found.append(mixer.capacity(one_period))
+        return min((capacity for capacity in found if capacity is not None), default=None)
+
+
+def _remat(function: Any, policy: str) -> Any:
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], static_argnums=(1, 2), prevent_cse=False)

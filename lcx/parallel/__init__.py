@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, and the one place where shard_map appears."""

@@ -1,0 +1,98 @@
+"""From logical axes to mesh axes: one table for parameters, one for activations."""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lcx.errors import UserError
+from lcx.params import Declaration, path_name
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# A name that is not in a table is not sharded.
+PARAMETER_RULES: Rules = {
+    "d_model": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "inner": ("tensor",),
+    "d_ff": ("tensor",),
+}
+ACTIVATION_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "time": ("seq",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "inner": ("tensor",),
+    "d_ff": ("tensor",),
+}
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules, mesh: jax.sharding.AbstractMesh) -> PartitionSpec:
+    """The partition of an array with these logical axes. Mesh axes of one device are left out."""
+    parts = []
+    for axis in axes:
+        used = tuple(name for name in rules.get(axis, ()) if mesh.shape[name] > 1)
+        parts.append(used[0] if len(used) == 1 else used or None)
+    return PartitionSpec(*parts)
+
+
+def shards(part: str | tuple[str, ...] | None, mesh: jax.sharding.AbstractMesh) -> int:
+    """The number of pieces that one entry of a PartitionSpec cuts a dimension into."""
+    count = 1
+    for name in (part,) if isinstance(part, str) else part or ():
+        count *= mesh.shape[name]
+    return count
+
+
+def activation_sharding(axes: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an activation, or of a batch's array, with these logical axes."""
+    return NamedSharding(mesh, spec(axes, ACTIVATION_RULES, mesh))
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Asks that an activation be laid out by the rules on the ambient mesh; without one it is left alone.
+
+    A dimension that does not divide stays whole: a prompt of one row on eight devices is computed on each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, axes, mesh))
+
+
+def divisible_spec(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: jax.sharding.AbstractMesh
+) -> PartitionSpec:
+    """The partition by the activation rules, without the dimensions that do not divide."""
+    wanted = spec(axes, ACTIVATION_RULES, mesh)
+    return PartitionSpec(
+        *(part if size % shards(part, mesh) == 0 else None for size, part in zip(shape, wanted, strict=True))
+    )
+
+
+def parameter_shardings(shapes: dict, declarations: dict, mesh: jax.sharding.Mesh) -> dict:
+    """The NamedSharding of each parameter.
+
+    Args:
+      shapes: parameters or their ShapeDtypeStructs, nested dicts.
+      declarations: a `Declaration` for each, in the same structure.
+      mesh: the device mesh.
+
+    Raises UserError naming the first parameter whose dimension does not divide.
+    """
+
+    def sharding(path: tuple, leaf: jax.ShapeDtypeStruct, declaration: Declaration) -> NamedSharding:
+        stacked = leaf.ndim - len(declaration.axes)
+        axes = (None,) * stacked + declaration.axes
+        partition = spec(axes, PARAMETER_RULES, mesh)
+        for axis, size, part in zip(axes, leaf.shape, partition, strict=True):
+            if size % shards(part, mesh):
+                raise UserError(
+                    f"mesh: {path_name(path)} has {axis}={size}, which does not divide over the "
+                    f"{shards(part, mesh)} devices of mesh.{part}."
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, declarations)

@@ -1,0 +1,1 @@
+"""The trainer: a run is a fold of `train_step` over batches."""

@@ -1,0 +1,274 @@
+"""Checkpoints: written beside the training, committed by a manifest, verified before they are used.
+
+    checkpoints/500/                  what orbax writes, first as 500.orbax-checkpoint-tmp
+    checkpoints/500.manifest.json     sha256 and size of each file in it, written last: without it nothing was saved
+
+The order makes a kill at any moment harmless. A checkpoint comes: folder under a temporary name, rename, manifest. An
+old one goes, only after the manifest of a new one: manifest, then folder. So whatever has no manifest is a remnant, and
+the next start removes it.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lcx.errors import UserError
+from lcx.files import is_local, read_json, sync, temporary_name, write_json
+
+Tree = Any  # a pytree of arrays
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STEP = re.compile(r"\d+")
+MANIFEST = re.compile(r"(\d+)\.manifest\.json")
+REMNANT = re.compile(r"\d+\.orbax-checkpoint-tmp.*|" + temporary_name(MANIFEST.pattern))
+
+# What fails in orbax's threads is raised by `wait`; orbax also logs it, several times, with tracebacks.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder, written by one process."""
+
+    def __init__(self, folder: epath.PathLike, keep: int, say: Callable[[str], None] = print):
+        """Cleans the folder of what a killed run left, then opens it.
+
+        Args:
+          folder: made where it is not there. No other process may use it.
+          keep: how many of the newest checkpoints stay.
+          say: is told, in one sentence, of a checkpoint that is damaged.
+        """
+        self._folder = _absolute(folder)
+        self._keep = keep
+        self._say = say
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _remove_remnants(self._folder)
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are committed, oldest first."""
+        return _steps(self._folder)
+
+    def latest(self) -> int | None:
+        """The step of the newest committed checkpoint, if there is one."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Tree) -> None:
+        """Starts to save `state` as the checkpoint of `step` and returns as soon as its arrays may be donated.
+
+        Waits first until the save before it is committed, and raises what that one met (see `wait`). A step that has a
+        checkpoint raises ValueError. Arrays of size 0 cannot be saved.
+        """
+        self.wait()
+        with self._explaining(step):
+            self._orbax.save(self._folder / str(step), args=ocp.args.StandardSave(state))
+        self._saving = self._thread.submit(self._commit, step)
+
+    def wait(self) -> None:
+        """Returns when everything is saved and committed.
+
+        Raises UserError where the disk is full, else whatever the save met; older checkpoints are whole in both cases.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Waits, as `wait` does, and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            with suppress(Exception):  # what `wait` did not raise, it raised before
+                self._orbax.close()
+
+    def restore(self, abstract_state: Tree) -> tuple[int, Tree] | None:
+        """The newest checkpoint that is whole, as (step, state); None where there is none.
+
+        A damaged checkpoint is named, renamed to `<step>.damaged`, and the one before it is used.
+
+        Args:
+          abstract_state: the state as a pytree of `jax.ShapeDtypeStruct`s with shardings, onto which it is restored,
+            from whatever mesh it was saved on.
+
+        Raises:
+          UserError: the checkpoint is another model's (structure, a shape or a dtype differ).
+        """
+        self.wait()
+        for step in reversed(self.steps()):
+            damage = _damage(self._folder, step)
+            if damage is None:
+                return step, _load(self._folder, step, abstract_state)
+            self._set_aside(step, damage)
+        return None
+
+    def _commit(self, step: int) -> None:
+        """In the thread: waits for orbax, writes the manifest, then lets old checkpoints go."""
+        with self._explaining(step):
+            self._orbax.wait_until_finished()
+            files = _files(self._folder / str(step))
+            if is_local(self._folder):  # what the manifest states is on the disk before it
+                for path in [*files.values(), *{path.parent for path in files.values()}]:
+                    sync(path)
+            fingerprints = {name: _fingerprint(path) for name, path in files.items()}
+            write_json(_manifest(self._folder, step), {"step": step, "files": fingerprints})
+            for old in self.steps()[: -self._keep]:
+                self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        _manifest(self._folder, step).unlink()
+        if is_local(self._folder):
+            sync(self._folder)  # the manifest is gone for good before the first file of the folder goes
+        (self._folder / str(step)).rmtree()
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        folder, aside = self._folder / str(step), self._folder / f"{step}.damaged"
+        self._say(f"The checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}.")
+        if aside.exists():
+            aside.rmtree()
+        # The folder first: the other way round, a kill in between would leave a folder without manifest, to be removed.
+        folder.rename(aside)
+        _manifest(self._folder, step).replace(self._folder / f"{step}.damaged.manifest.json")
+
+    @contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        """Turns the error of a save into a UserError where it is the user's to mend."""
+        try:
+            yield
+        except Exception as error:
+            if not _disk_full(error):
+                raise
+            latest = self.latest()
+            kept = "no checkpoint was saved before" if latest is None else f"the checkpoint of step {latest} is whole"
+            raise UserError(
+                f"the disk is full: the checkpoint of step {step} could not be written to {self._folder}; {kept}: "
+                "free some space and give the same command again."
+            ) from error
+
+
+def read_newest(
+    folder: epath.PathLike, abstract_part: Tree, say: Callable[[str], None] = print
+) -> tuple[int, Tree] | None:
+    """A part of the newest whole checkpoint, as (step, part); changes nothing, so that it may be read as a run goes on.
+
+    Args:
+      folder: the checkpoints of a run; None is returned where it holds none that is whole.
+      abstract_part: dicts, by the state's names, down to `jax.ShapeDtypeStruct`s with shardings:
+        {"params": ...} reads the parameters alone.
+      say: is told of each damaged checkpoint that is passed over.
+
+    Raises:
+      UserError: the checkpoint is another model's.
+    """
+    folder = _absolute(folder)
+    for step in reversed(_steps(folder)):
+        damage = _damage(folder, step)
+        if damage is None:
+            return step, _load(folder, step, abstract_part, partial=True)
+        say(f"The checkpoint of step {step} is damaged ({damage}); it is passed over.")
+    return None
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    return epath.Path(folder).absolute() if is_local(folder) else epath.Path(folder)
+
+
+def _manifest(folder: epath.Path, step: int) -> epath.Path:
+    return folder / f"{step}.manifest.json"
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """The steps that have a manifest, in order."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(match[1]) for name in names if (match := MANIFEST.fullmatch(name)))
+
+
+def _damage(folder: epath.Path, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, in a few words."""
+    try:
+        manifest = read_json(_manifest(folder, step))
+    except UserError:
+        return "its manifest cannot be read"
+    stated, present = manifest.get("files"), _files(folder / str(step))
+    if manifest.get("step") != step or not isinstance(stated, dict):
+        return "its manifest is not its own"
+    for name in sorted(stated.keys() | present.keys()):
+        if name not in present:
+            return f"{name} is missing"
+        if name not in stated:
+            return f"{name} does not belong to it"
+        if _fingerprint(present[name]) != stated[name]:
+            return f"{name} was changed"
+    return None
+
+
+def _load(folder: epath.Path, step: int, abstract: Tree, partial: bool = False) -> Tree:
+    """What `abstract` describes of a checkpoint: all of it, unless `partial`."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = ocp.tree.to_flat_dict(reader.metadata(folder / str(step)).item_metadata.tree)
+        wanted = ocp.tree.to_flat_dict(jax.tree.map(_stored, abstract))
+        unwanted = [] if partial else [name for name in saved if name not in wanted]
+        for name in [*wanted, *unwanted]:  # orbax would restore float32 as int32 without a word
+            there, here = _describe(saved.get(name)), _describe(wanted.get(name))
+            if there != here:
+                raise UserError(
+                    f"the checkpoint of step {step} in {folder} is of another model: {'/'.join(name)} is {there} there "
+                    f"and {here} here; use the config that it was trained with, or another workdir."
+                )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
+        return reader.restore(folder / str(step), args=args)
+
+
+def _remove_remnants(folder: epath.Path) -> None:
+    """Removes what a killed process left of saves and removals."""
+    names = {path.name for path in folder.iterdir()}
+    for name in names:
+        manifest = MANIFEST.fullmatch(name)
+        if REMNANT.fullmatch(name) or (STEP.fullmatch(name) and f"{name}.manifest.json" not in names):
+            (folder / name).rmtree() if (folder / name).is_dir() else (folder / name).unlink()
+        elif manifest and manifest[1] not in names:
+            (folder / name).unlink()
+
+
+def _files(folder: epath.Path) -> dict[str, epath.Path]:
+    """The files below a folder by their relative paths."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        below = _files(path) if path.is_dir() else {"": path}
+        files |= {f"{path.name}/{name}".rstrip("/"): file for name, file in below.items()}
+    return files
+
+
+def _fingerprint(path: epath.Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": file.tell()}
+
+
+def _stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The array that orbax writes for a leaf: a random key's data, else the leaf."""
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+
+
+def _describe(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether the error, or one behind it, says that nothing more can be written; TensorStore says so only in words."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return True
+    return any(os.strerror(number) in str(error) for number in DISK_FULL) or _disk_full(error.__cause__)

@@ -1,0 +1,103 @@
+"""One step of training, as a pure function of the state and a batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcx.config import Config
+from lcx.models.cross_entropy import token_losses
+from lcx.parallel.sharding import constrain
+from lcx.params import path_name
+from lcx.training.schedules import schedule_shape
+from lcx.training.train_state import Blueprint, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    config: Config, plan: Blueprint, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function (state, batch) -> (next state, metrics), to be jitted with the state donated.
+
+    The loss is the mean over the tokens of the whole batch, by their weights, however many pieces the batch is
+    accumulated from and whichever of them hold no token that counts.
+    """
+    accumulate = config.train.accumulate
+    shape = schedule_shape(config.optimizer, config.train.steps)
+
+    def loss(params: dict, batch: Batch, total_weight: jax.Array) -> tuple[jax.Array, Metrics]:
+        model = plan.model(params)
+        hidden, _, aux = model.hidden(batch["tokens"], None, batch["positions"], batch["segment_ids"])
+        losses, log_denominators = token_losses(model.logits, hidden, batch["targets"], config.train.loss_chunk_size)
+        weights = batch["loss_weights"].astype(losses.dtype) / total_weight
+        mean = jnp.sum(weights * losses)
+        total = mean + config.train.z_loss * jnp.sum(weights * jnp.square(log_denominators))
+        for value in collect(aux, "losses").values():
+            total += value / accumulate
+        return total, {"loss": accumulate * mean} | collect(aux, "metrics")
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tiny = jnp.finfo(batch["loss_weights"].dtype).tiny
+        total_weight = jnp.maximum(jnp.sum(batch["loss_weights"]), tiny)
+
+        def add(gradients: dict, piece: Batch) -> tuple[dict, Metrics]:
+            new, metrics = jax.grad(loss, has_aux=True)(state.params, piece, total_weight)
+            return jax.tree.map(jnp.add, gradients, new), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        gradients, metrics = jax.lax.scan(add, zeros, _pieces(batch, accumulate))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = jax.tree.map(lambda piece: jnp.mean(piece, axis=0), metrics) | {
+            "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.int32),
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": config.optimizer.learning_rate * shape(state.step),
+            "batch_hash": batch_hash(batch),
+        }
+        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng), metrics
+
+    return step
+
+
+def collect(aux: dict, kind: str) -> Metrics:
+    """The mixers' scalars of one kind ("metrics" or "losses"), by layer and name; metrics are means over the periods.
+
+    aux: {layer: {mixer: {kind: {name: [periods]}}}}. Losses are summed over the periods.
+    """
+    reduce = {"metrics": jnp.mean, "losses": jnp.sum}[kind]
+    found = {layer: {mixer: record.get(kind, {}) for mixer, record in mixers.items()} for layer, mixers in aux.items()}
+    return {path_name(path): reduce(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def batch_hash(batch: Batch) -> jax.Array:
+    """A uint32 that changes with any token, segment, position or row index of the batch, and with their order.
+
+    Integer sums, so that it does not depend on how the batch is sharded.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for salt, name in enumerate(("tokens", "segment_ids", "positions", "row_index"), start=1):
+        values = batch[name].astype(jnp.uint32)
+        place = jnp.arange(values.size, dtype=jnp.uint32).reshape(values.shape)
+        mixed = _scramble(values + _scramble(place * jnp.uint32(8) + jnp.uint32(salt)))
+        total += jnp.sum(mixed, dtype=jnp.uint32)
+    return total
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit integers that spreads each bit over all (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _pieces(batch: Batch, count: int) -> Batch:
+    """The batch cut into `count` pieces along a new first axis; every device's rows are shared among all pieces."""
+
+    def cut(array: jax.Array) -> jax.Array:
+        pieces = array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
+        return constrain(pieces, (None, "batch", "time")[: pieces.ndim])
+
+    return jax.tree.map(cut, batch)

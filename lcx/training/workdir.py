@@ -1,0 +1,142 @@
+"""The folder of a run: one process at a time, and always the same run."""
+
+import errno
+import fcntl
+import fnmatch
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from lcx.errors import UserError
+from lcx.files import is_local, read_json, write_json
+
+# What may differ when a run is resumed. None of it changes what a step makes of a state and a batch, except that a
+# schedule with an end is stretched to train.steps.
+MAY_CHANGE = ("train.steps", "checkpoint.*", "evaluation.*", "logging.*", "data.workers")
+
+_open: set[str] = set()  # workdirs that this process holds: its own lock would not stop it from opening one again
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """Where a run keeps its things."""
+
+    path: epath.Path
+
+    @property
+    def config(self) -> epath.Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> epath.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> epath.Path:
+        return self.path / "tensorboard"
+
+    @property
+    def evaluation(self) -> epath.Path:
+        return self.path / "evaluation"
+
+
+@contextmanager
+def open_workdir(path: epath.PathLike, config: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> Iterator[Workdir]:
+    """The workdir at `path` for the run of `config`, begun or resumed, and locked while the context lasts.
+
+    Args:
+      path: a local folder, made where it is not there.
+      config: the run's whole config as dicts, lists and scalars; compared with the one of the run in the folder.
+      fingerprints: what identifies the run's data, by name, likewise.
+
+    Raises:
+      UserError: the folder cannot be written, is in use, or holds another run or a run on other data.
+    """
+    if not is_local(path):
+        raise UserError(f"the workdir {path} is on object storage, which cannot be locked: use a local folder.")
+    workdir = Workdir(epath.Path(path).resolve())
+    with ExitStack() as stack:
+        try:
+            workdir.path.mkdir(parents=True, exist_ok=True)
+            stack.callback(_unlock, workdir.path, _lock(workdir.path))
+            _register(workdir, json.loads(json.dumps({"config": config, "fingerprints": fingerprints})))
+        except OSError as error:
+            raise UserError(f"the workdir {path} cannot be written: {error.strerror}; use another --workdir.") from None
+        yield workdir
+
+
+def _lock(path: epath.Path) -> int:
+    """The descriptor of the lock file, locked. The lock goes with the process, however it ends.
+
+    `lockf`, for `flock` would live on in an orphaned child; its price is that closing any other descriptor of the file
+    frees the lock, so nothing here opens it twice.
+    """
+    if os.fspath(path) in _open:
+        raise UserError(f"the workdir {path} is in use by this process ({os.getpid()}).")
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"the workdir {path} is in use by process {owner}; use another --workdir.") from None
+        raise
+    _open.add(os.fspath(path))
+    return descriptor
+
+
+def _unlock(path: epath.Path, descriptor: int) -> None:
+    os.close(descriptor)
+    _open.discard(os.fspath(path))
+
+
+def _register(workdir: Workdir, run: dict[str, Any]) -> None:
+    """Writes config.json, or compares with the one that is there and writes down what may change."""
+    if not workdir.config.exists():
+        for remains in (workdir.metrics, workdir.checkpoints):
+            if remains.exists():
+                raise UserError(f"the workdir {workdir.path} holds {remains.name} of a run but no config.json.")
+        write_json(workdir.config, run)
+        return
+    stored = read_json(workdir.config)
+    if stored != run:
+        _check_same_run(workdir.path, stored, run)
+        write_json(workdir.config, run)
+
+
+def _check_same_run(path: epath.Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
+    for section, what in (("config", "another run"), ("fingerprints", "a run on other data")):
+        there, here = _flatten(stored.get(section)), _flatten(run[section])
+        for key in [*here, *(key for key in there if key not in here)]:
+            values = [json.dumps(side[key]) if key in side else "absent" for side in (there, here)]
+            changeable = section == "config" and any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+            if values[0] == values[1] or changeable:
+                continue
+            if key.startswith("model."):
+                what = "another model's run"
+            difference = f"{key} is {values[0]} there and {values[1]} here"
+            raise UserError(f"the workdir {path} holds {what}: {difference}; use another --workdir.")
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as {"model.mixers.swa.window": 2048, "data.sources[0].path": ...}."""
+    if isinstance(value, dict) and value:
+        items = [(f"{key}.{name}" if key else name, child) for name, child in value.items()]
+    elif isinstance(value, list) and value:
+        items = [(f"{key}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        return {key: value}
+    return {name: leaf for key, child in items for name, leaf in _flatten(child, key).items()}

@@ -1,0 +1,24 @@
+"""Set once, before JAX is imported: eight CPU devices, quick compilation, a cache, reproducible draws."""
+
+import os
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+# What compiled once is read again by the next run; a cache that cannot be written or read is only slower.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_RAISE_PERSISTENT_CACHE_ERRORS", "false")
+
+# Compilation has no deadline; the same draws in every run, so that a red run can be repeated.
+settings.register_profile(
+    "lcx", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lcx")

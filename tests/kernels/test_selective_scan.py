@@ -1,0 +1,364 @@
+"""The selective scan: every backend against a float64 sum over pairs of tokens, values and all gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+from lcx_kernels.backends import BackendUnavailable
+from lcx_kernels.selective_scan import selective_scan, selective_scan_summary
+
+BACKENDS = ["reference", "xla"]
+
+# What is differentiated, in the order of the signature.
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+
+
+def draw(batch, time, channels, state, *, seed=0, names=NAMES):
+    """Arguments in float64 by name; step sizes between 0.02 and 2 so that memory spans from one token to all."""
+    rng = np.random.default_rng(seed)
+    arguments = {
+        "x": rng.normal(size=(batch, time, channels)),
+        "dt": np.exp(rng.uniform(np.log(0.02), np.log(2.0), size=(batch, time, channels))),
+        "A": -np.exp(rng.normal(size=(channels, state))),
+        "B": rng.normal(size=(batch, time, state)),
+        "C": rng.normal(size=(batch, time, state)),
+        "D": rng.normal(size=(channels,)),
+        "z": rng.normal(size=(batch, time, channels)),
+        "dt_bias": rng.normal(size=(channels,)),
+        "initial_state": rng.normal(size=(batch, channels, state)),
+    }
+    return {name: arguments[name] for name in names}
+
+
+def mark_resets(batch, time, *positions):
+    reset = np.zeros((batch, time), bool)
+    for position in positions:
+        reset[:, position] = True
+    return reset
+
+
+def sum_over_pairs(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, initial_state=None, reset=None):
+    """The scan's definition without a scan: h[t] is a sum over s <= t, where no reset lies in s+1 .. t."""
+    batch, time, channels = x.shape
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = jnp.log1p(jnp.exp(dt))
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, channels, A.shape[1]), x.dtype)
+    documents = jnp.zeros((batch, time), int) if reset is None else jnp.cumsum(reset, axis=1)
+    after = jnp.tril(jnp.ones((time, time), x.dtype), -1)  # [r, s]: token r comes after token s
+    upto = jnp.tril(jnp.ones((time, time), x.dtype))  # [t, r]: token r is not later than t
+    elapsed = jnp.einsum("rs,tr,brd->btsd", after, upto, dt)
+    reached = (documents[:, :, None] == documents[:, None, :]) & (upto > 0)
+    decay = jnp.exp(elapsed[..., None] * A) * reached[..., None, None]
+    h = jnp.einsum("btsdn,bsd,bsn->btdn", decay, dt * x, B)
+    since_start = jnp.exp(jnp.cumsum(dt, axis=1)[..., None] * A) * (documents == 0)[..., None, None]
+    h = h + since_start * initial_state[:, None]
+    y = jnp.einsum("btdn,btn->btd", h, C)
+    if D is not None:
+        y = y + D * x
+    if z is not None:
+        y = y * z / (1 + jnp.exp(-z))
+    return y, h[:, -1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def outputs_and_gradients(function, dt_softplus, arguments, cotangents, reset):
+    options = ({"dt_softplus": True} if dt_softplus else {}) | ({} if reset is None else {"reset": reset})
+    outputs, transpose = jax.vjp(lambda arguments: function(**arguments, **options), arguments)
+    return outputs, transpose(cotangents)[0]
+
+
+def values_and_gradients(function, arguments, cotangents, dt_softplus=False, reset=None):
+    """y, final state, and the gradients by name, from under one jit."""
+    (y, final_state), gradients = outputs_and_gradients(function, dt_softplus, arguments, cotangents, reset)
+    return {"y": y, "final_state": final_state} | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def cotangents_of(arguments, dtype, seed=1):
+    rng = np.random.default_rng(seed)
+    batch, _, channels = arguments["x"].shape
+    state = arguments["A"].shape[1]
+    dy, d_state = rng.normal(size=arguments["x"].shape), rng.normal(size=(batch, channels, state))
+    return jnp.asarray(dy, dtype), jnp.asarray(d_state, jnp.promote_types(dtype, jnp.float32))
+
+
+def assert_close(actual, expected, tolerance):
+    """The difference's norm over the norm, for each name; float64 differences of whatever dtypes."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        value, wanted = np.asarray(value, np.float64), np.asarray(expected[name], np.float64)
+        assert value.shape == wanted.shape, name
+        assert np.isfinite(value).all(), name
+        error = np.linalg.norm(value - wanted) / max(np.linalg.norm(wanted), 1e-6)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def extreme_steps():
+    """Step sizes from zero to where decays underflow, rates from slow to fast."""
+    arguments = draw(2, 18, 4, 3, names=("x", "dt", "A", "B", "C", "initial_state"))
+    steps = np.array([0.0, 1e-30, 1e-4, 1.0, 300.0, 1e4])
+    arguments["dt"] = np.random.default_rng(3).choice(steps, size=arguments["dt"].shape)
+    arguments["A"] = -np.array([[1e-3, 1.0, 1e3]] * 4)
+    return arguments
+
+
+CASES = {
+    # Time over several chunks, the last one ragged; everything on.
+    "everything": (draw(2, 37, 6, 3), {"dt_softplus": True, "reset": mark_resets(2, 37, 5, 20)}),
+    "plain": (draw(3, 18, 5, 2, names=NAMES[:5]), {}),
+    "one token": (draw(2, 1, 5, 2), {"dt_softplus": True}),
+    # A batch of one with even and odd channels, with resets at both ends.
+    "one row": (draw(1, 19, 6, 2), {"dt_softplus": True, "reset": mark_resets(1, 19, 0, 18)}),
+    "one odd row, resets everywhere": (draw(1, 18, 3, 1), {"reset": np.ones((1, 18), bool)}),
+    "extreme steps": (extreme_steps(), {}),
+}
+
+
+@functools.cache
+def rounded(case, dtype):
+    """The case's arguments and cotangents in ``dtype``, and what the sum over pairs makes of them in float64."""
+    arguments, static = CASES[case]
+    arguments = {name: jnp.asarray(value, dtype) for name, value in arguments.items()}
+    cotangents = cotangents_of(arguments, dtype)
+    exact = jax.tree.map(lambda array: array.astype(jnp.float64), (arguments, cotangents))
+    return arguments, cotangents, values_and_gradients(sum_over_pairs, *exact, **static)
+
+
+def compare(case, backend, *, dtype=np.float64, tolerance=1e-10, chunk_size=None):
+    with jax.enable_x64(True):
+        arguments, cotangents, expected = rounded(case, dtype)
+        scan = functools.partial(selective_scan, backend=backend, chunk_size=chunk_size)
+        actual = values_and_gradients(scan, arguments, cotangents, **CASES[case][1])
+        for name, value in actual.items():
+            assert value.dtype == (jnp.promote_types(dtype, jnp.float32) if name == "final_state" else dtype), name
+        assert_close(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_float64(case, backend):
+    compare(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+def test_lower_precisions(dtype, tolerance, backend):
+    compare("everything", backend, dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5])
+def test_chunk_size_changes_nothing(chunk_size):
+    compare("everything", "xla", chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decays_of_zero_and_of_large_steps(backend):
+    """A step of 0 leaves the state as it is, to the bit; a large one leaves exactly nothing of it."""
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in CASES["extreme steps"][0].items()}
+    scan = jax.jit(functools.partial(selective_scan, backend=backend))
+    _, lasting = scan(**arguments | {"dt": jnp.zeros((2, 18, 4))})
+    np.testing.assert_array_equal(lasting, arguments["initial_state"])
+    _, gone = scan(**arguments | {"dt": jnp.full((2, 18, 4), 1e30), "x": jnp.zeros((2, 18, 4))})
+    np.testing.assert_array_equal(gone, np.zeros_like(gone))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softplus_is_stable(backend):
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(1, 6, 2, 2).items()}
+    arguments["dt"] = jnp.asarray([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])[None, :, None] * jnp.ones((1, 6, 2))
+    scan = functools.partial(selective_scan, backend=backend)
+    results = values_and_gradients(scan, arguments, cotangents_of(arguments, jnp.float32), dt_softplus=True)
+    for name, value in results.items():
+        assert np.isfinite(value).all(), name
+
+
+@functools.cache
+def gradients_of_packed(batch, backend):
+    """Jitted: values and gradients per token, of tokens in documents of 7, 12 and 6."""
+    reset = mark_resets(batch, 25, 0, 7, 19)
+
+    def run(tokens, A, initial_state, cotangents):
+        def scan(tokens):
+            return selective_scan(
+                A=A, **tokens, initial_state=initial_state, reset=reset, chunk_size=8, backend=backend
+            )
+
+        outputs, transpose = jax.vjp(scan, tokens)
+        return {"y": outputs[0]} | transpose(cotangents)[0]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("noise", ["numbers", "nan"])
+def test_documents_are_isolated_to_the_bit(noise, batch, backend):
+    """Another document's tokens, cotangents or the initial state change nothing in the document between two resets."""
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(batch, 25, 4, 3).items()}
+    tokens = {name: arguments[name] for name in ("x", "dt", "B", "C", "z")}
+    dy, d_state = cotangents_of(arguments, jnp.float32)
+    outside = np.ones((1, 25, 1), bool)
+    outside[:, 7:19] = False
+
+    def disturb(array):
+        return jnp.where(outside, 3 * array + 1 if noise == "numbers" else jnp.nan, array)
+
+    run = gradients_of_packed(batch, backend)
+    before = run(tokens, arguments["A"], arguments["initial_state"], (dy, d_state))
+    disturbed = jax.tree.map(disturb, tokens)
+    after = run(disturbed, arguments["A"], arguments["initial_state"] + 1, (disturb(dy), d_state + 1))
+    for name, value in before.items():
+        np.testing.assert_array_equal(value[:, 7:19], after[name][:, 7:19], err_msg=name)
+        assert not np.array_equal(value[:, 19:], after[name][:, 19:]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_future_is_unseen_to_the_bit(backend):
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 20, 4, 3, names=NAMES[:5]).items()}
+    scan = jax.jit(functools.partial(selective_scan, backend=backend, chunk_size=8))
+    y, _ = scan(**arguments)
+    changed = {name: arguments[name].at[:, 11:].mul(2.0) for name in ("x", "dt", "B", "C")}
+    later, _ = scan(**arguments | changed)
+    np.testing.assert_array_equal(y[:, :11], later[:, :11])
+    assert not np.array_equal(y[:, 11], later[:, 11])
+
+
+@functools.cache
+def jitted(function, **static):
+    return jax.jit(functools.partial(function, **static))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_stretches_compose(backend, data):
+    """Scanning stretch by stretch, and composing the stretches' summaries, give the state of one scan."""
+    positions = data.draw(st.lists(st.integers(0, 23), max_size=4))
+    reset = mark_resets(2, 24, *positions) & np.array([[True], [data.draw(st.booleans())]])
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 24, 4, 3).items()}
+    A, initial = arguments["A"], arguments["initial_state"]
+    per_token = {"x", "dt", "B", "C", "z"}
+    scan = jitted(selective_scan, dt_softplus=True, backend=backend, chunk_size=4)
+    y, final = scan(**arguments, reset=reset)
+
+    state, summary, pieces = initial, None, []
+    for start in (0, 8, 16):
+        part = {name: value[:, start : start + 8] if name in per_token else value for name, value in arguments.items()}
+        piece, state = scan(**part | {"initial_state": state}, reset=reset[:, start : start + 8])
+        pieces.append(piece)
+        of_map = {name: part[name] for name in ("x", "dt", "A", "B", "dt_bias")}
+        summarise = jitted(selective_scan_summary, dt_softplus=True, backend=backend, chunk_size=4)
+        piece_summary = summarise(**of_map, reset=reset[:, start : start + 8])
+        summary = piece_summary if summary is None else summary.then(piece_summary, A)
+        np.testing.assert_allclose(summary.decay(A) * initial + summary.state, state, rtol=1e-5, atol=1e-5)
+
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
+    restarted = reset.any(axis=1)
+    np.testing.assert_array_equal(np.asarray(summary.decay(A) == 0).all(axis=(1, 2)), restarted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_summary_gradients(backend):
+    """The final state through the summary and straight from the scan have the same gradients."""
+    names = ("x", "dt", "A", "B", "dt_bias", "initial_state")
+    reset = mark_resets(2, 10, 3) & np.array([[True], [False]])
+
+    def through_summary(initial_state, **arguments):
+        summary = selective_scan_summary(**arguments, dt_softplus=True, reset=reset, backend=backend)
+        return None, summary.decay(arguments["A"]) * initial_state + summary.state
+
+    def straight(**arguments):
+        C = jnp.zeros_like(arguments["B"])
+        return None, sum_over_pairs(**arguments, C=C, dt_softplus=True, reset=reset)[1]
+
+    with jax.enable_x64(True):
+        arguments = {name: jnp.asarray(value) for name, value in draw(2, 10, 4, 3, names=names).items()}
+        cotangents = None, cotangents_of(arguments, jnp.float64)[1]
+        results = [values_and_gradients(function, arguments, cotangents) for function in (through_summary, straight)]
+        for result in results:
+            del result["y"]
+        assert_close(*results, 1e-10)
+
+
+def test_memory_holds_no_state_per_token():
+    """Temporaries of the gradient are a small part of [batch, time, channels, state] and grow no faster than time."""
+
+    def temporaries(time):
+        arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, time, 64, 16).items()}
+        loss = lambda arguments: selective_scan(**arguments, backend="xla")[0].sum()  # noqa: E731
+        analysis = jax.jit(jax.grad(loss)).lower(arguments).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    short, long = temporaries(256), temporaries(1024)
+    assert long < 2 * 1024 * 64 * 16 * 4 / 2
+    assert long < 4.2 * short
+
+
+def test_inside_shard_map():
+    """With its axes checked, over batch and channels; also what is made inside, such as an absent initial state."""
+    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 9, 4, 3, names=NAMES[:5]).items()}
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    channels, shared = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
+    specs = {"x": channels, "dt": channels, "A": PartitionSpec("tensor"), "B": shared, "C": shared}
+    reset = mark_resets(2, 9, 4)
+
+    def sharded(arguments, reset):
+        missing = {"A": "data", "B": "tensor", "C": "tensor"}
+        arguments = {
+            name: jax.lax.pcast(value, missing[name], to="varying") if name in missing else value
+            for name, value in arguments.items()
+        }
+        reset = jax.lax.pcast(reset, "tensor", to="varying")
+        return selective_scan(**arguments, reset=reset, backend="xla", chunk_size=4)[0]
+
+    def loss(scan, arguments):
+        return (scan(arguments, reset) ** 2).sum()
+
+    mapped = jax.shard_map(sharded, mesh=mesh, in_specs=(specs, shared), out_specs=channels, check_vma=True)
+    whole = lambda arguments, reset: selective_scan(**arguments, reset=reset)[0]  # noqa: E731
+    actual, expected = (jax.jit(jax.grad(functools.partial(loss, scan)))(arguments) for scan in (mapped, whole))
+    assert_close(actual, expected, 1e-6)
+
+
+WRONG = {
+    "x": (np.zeros((2, 5), np.float32), r"x: shape \(2, 5\), expected \[batch, time, channels\]"),
+    "dt": (np.zeros((2, 5, 1), np.float32), r"dt: shape \(2, 5, 1\), expected \[batch, time, channels\] = \(2, 5, 3\)"),
+    "A": (np.zeros((4, 3), np.float32), r"A: shape \(4, 3\), expected \[channels, state\]"),
+    "B": (np.zeros((2, 5, 7), np.float32), r"B: shape \(2, 5, 7\), expected \[batch, time, state\]"),
+    "C": (np.zeros((2, 4, 4), np.float32), r"C: shape \(2, 4, 4\), expected \[batch, time, state\]"),
+    "D": (np.zeros((3, 1), np.float32), r"D: shape \(3, 1\), expected \[channels\]"),
+    "z": (np.zeros((2, 5, 3), np.int32), r"z: int32 of shape \(2, 5, 3\), expected .* of floating"),
+    "dt_bias": (np.zeros((1,), np.float32), r"dt_bias: shape \(1,\), expected \[channels\]"),
+    "initial_state": (np.zeros((2, 4, 3), np.float32), r"initial_state: shape \(2, 4, 3\), expected .* = \(2, 3, 4\)"),
+    "reset": (np.zeros((2, 5), np.int32), r"reset: int32 of shape \(2, 5\), expected \[batch, time\] of bool"),
+    "chunk_size": (0, "chunk_size: 0, expected at least 1"),
+    "backend": ("cuda", "backend: unknown name 'cuda', expected \"auto\" or one of: reference, xla"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    value, message = WRONG[name]
+    arguments = {key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 5, 3, 4).items()}
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**arguments | {name: value})
+
+
+def test_a_sequence_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        selective_scan(**{key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 0, 3, 4).items()})
+
+
+def test_a_backend_that_is_not_there_is_refused():
+    arguments = {key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 5, 3, 4).items()}
+    with pytest.raises(BackendUnavailable, match='backend "triton" is missing for this kernel; it has: reference, xla'):
+        selective_scan(**arguments, backend="triton")

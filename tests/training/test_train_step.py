@@ -1,0 +1,187 @@
+"""The train step: one token-weighted loss, however the batch is cut, accumulated or placed on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.config import Config, load_config
+from lcx.errors import UserError
+from lcx.laws.measure import deviation
+from lcx.models import LanguageModel
+from lcx.models.cross_entropy import token_losses
+from lcx.params import create
+from lcx.training.train_step import batch_hash, collect
+from lcx.training.trainer import make_program
+
+ROWS, TIME = 8, 24
+
+
+def config(family: str = "samba", **sections) -> Config:
+    values = load_config(f"configs/{family}.py:size=tiny").to_dict()
+    values["model"] |= {"d_model": 32, "vocab_size": 64}
+    values["model"]["mixers"].get("swa", {}).update({"num_heads": 4, "num_kv_heads": 4, "window": 5})
+    values["model"]["mixers"]["mlp"]["d_ff"] = 48
+    values["train"] |= {"batch_size": ROWS, "sequence_length": TIME, "steps": 10}
+    values["mesh"] = {"data": 1}
+    for section, changes in sections.items():
+        values[section] |= changes
+    return Config.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    """Rows of two documents; whole rows, and a whole half of the batch's shards, hold no token that counts."""
+    random = np.random.default_rng(0)
+    positions = np.concatenate([np.arange(10), np.arange(TIME - 10)])[None].repeat(ROWS, 0).astype(np.int32)
+    weights = random.integers(0, 2, (ROWS, TIME)).astype(np.float32) * random.choice([1.0, 0.5], (ROWS, TIME))
+    weights[:2] = 0
+    weights[6] = 0
+    return {
+        "tokens": random.integers(0, 64, (ROWS, TIME), np.int32),
+        "targets": random.integers(0, 64, (ROWS, TIME), np.int32),
+        "segment_ids": np.where(np.arange(TIME) < 10, 1, 2)[None].repeat(ROWS, 0).astype(np.int32),
+        "positions": positions,
+        "loss_weights": weights.astype(np.float32),
+        "row_index": np.arange(ROWS, dtype=np.int32),
+    }
+
+
+def one_step(config: Config, batch: dict) -> tuple[dict, dict]:
+    """Parameters and metrics after one step, on the mesh of the config, over as many devices as it names."""
+    count = int(np.prod([size for size in dataclasses.astuple(config.mesh)]))
+    devices = jax.devices()[:count]
+    original = jax.device_count, jax.devices
+    jax.device_count, jax.devices = (lambda: count), (lambda *_: devices)  # a machine with as many devices
+    try:
+        program = make_program(config)
+        with jax.set_mesh(program.mesh):
+            state, metrics = jax.jit(program.step)(program.create(), program.put(batch))
+    finally:
+        jax.device_count, jax.devices = original
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def whole(batch) -> tuple[dict, dict]:
+    return one_step(config(), batch)
+
+
+def compare(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    """Losses and gradient norms to 1e-6; AdamW's first step is the gradient's sign, so its parameters to 1e-4."""
+    np.testing.assert_allclose(found[1]["loss"], expected[1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found[1]["grad_norm"], expected[1]["grad_norm"], rtol=1e-5)
+    assert found[1]["tokens"] == expected[1]["tokens"] and found[1]["batch_hash"] == expected[1]["batch_hash"]
+    difference = deviation({"params": found[0]}, {"params": expected[0]})
+    assert difference.value < 1e-4, difference
+
+
+def test_loss_is_the_weighted_mean(batch, whole):
+    c = config()
+    graphdef, params = create(lambda: LanguageModel(c.model, nnx.Rngs(c.train.seed)))
+    logits, _, _ = nnx.merge(graphdef, params)(batch["tokens"], None, batch["positions"], batch["segment_ids"])
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    losses = -np.take_along_axis(np.asarray(log_probabilities), batch["targets"][..., None], -1)[..., 0]
+    expected = (losses * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+    np.testing.assert_allclose(whole[1]["loss"], expected, rtol=1e-5)
+    assert whole[1]["tokens"] == (batch["loss_weights"] > 0).sum()
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulation_changes_nothing(batch, whole, accumulate):
+    compare(one_step(config(train={"accumulate": accumulate}), batch), whole)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mixed_mesh_changes_nothing(batch, whole, mesh):
+    compare(one_step(config(mesh=mesh), batch), whole)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}])
+@pytest.mark.slow
+def test_every_mesh_changes_nothing(batch, whole, mesh):
+    compare(one_step(config(mesh=mesh), batch), whole)
+
+
+def test_a_batch_without_a_token_that_counts_moves_nothing_but_decay(batch):
+    nothing = batch | {"loss_weights": np.zeros_like(batch["loss_weights"])}
+    _, metrics = one_step(config(), nothing)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+def test_z_loss_adds_the_squared_log_denominator(batch):
+    """With a weight so large that it dominates, the gradient is that of the mean squared log denominator."""
+    c = config(train={"z_loss": 1e4})
+    graphdef, params = create(lambda: LanguageModel(c.model, nnx.Rngs(c.train.seed)))
+
+    def squared(params):
+        logits, _, _ = nnx.merge(graphdef, params)(batch["tokens"], None, batch["positions"], batch["segment_ids"])
+        weights = batch["loss_weights"] / batch["loss_weights"].sum()
+        return 1e4 * (weights * jax.nn.logsumexp(logits, axis=-1) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(squared))(params)
+    expected = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient)))
+    _, metrics = one_step(c, batch)
+    np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 24, 100])
+def test_chunks_of_the_loss_are_the_whole_loss(chunk_size):
+    """Any chunk, ragged ones included, gives the losses of full logits, and their gradient."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, table = jax.random.normal(keys[0], (2, 13, 6)), jax.random.normal(keys[1], (11, 6))
+    targets = jax.random.randint(keys[2], (2, 13), 0, 11)
+    weights = jnp.arange(26.0).reshape(2, 13)
+
+    def chunked(hidden, table):
+        losses, log_denominators = token_losses(lambda h: h @ table.T, hidden, targets, chunk_size)
+        return jnp.sum(weights * (losses + 0.1 * log_denominators**2))
+
+    def full(hidden, table):
+        log_denominators = jax.nn.logsumexp(hidden @ table.T, axis=-1)
+        losses = log_denominators - jnp.take_along_axis(hidden @ table.T, targets[..., None], -1)[..., 0]
+        return jnp.sum(weights * (losses + 0.1 * log_denominators**2))
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (chunked, full))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for a, b in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_hash_sees_every_integer_of_a_batch(batch):
+    reference = int(batch_hash(jax.tree.map(jnp.asarray, batch)))
+    for name in ("tokens", "segment_ids", "positions", "row_index"):
+        changed = batch[name].copy()
+        changed.flat[-1] += 1
+        assert int(batch_hash(jax.tree.map(jnp.asarray, batch | {name: changed}))) != reference, name
+    swapped = batch["tokens"][::-1].copy()
+    assert int(batch_hash(jax.tree.map(jnp.asarray, batch | {"tokens": swapped}))) != reference
+
+
+def test_metrics_of_mixers_are_named_by_layer():
+    aux = {
+        "0_mamba": {"mamba": {"metrics": {"rms": jnp.array([1.0, 3.0])}, "losses": {"extra": jnp.array([1.0, 3.0])}}}
+    }
+    assert {name: float(value) for name, value in collect(aux, "metrics").items()} == {"0_mamba/mamba/rms": 2.0}
+    assert {name: float(value) for name, value in collect(aux, "losses").items()} == {"0_mamba/mamba/extra": 4.0}
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"mesh": {"data": 3}}, "does not fill the 8 visible devices"),
+        ({"mesh": {"data": -1}, "train": {"batch_size": 6}}, "train.batch_size=6 does not divide over 8 devices"),
+        ({"mesh": {"data": 2, "tensor": 4}, "model": {"d_model": 30}}, "num_heads"),
+        (
+            {"mesh": {"data": 1, "fsdp": 8}, "model": {"d_model": 36, "pattern": "mlp"}},
+            "d_model=36, which does not divide over the 8 devices of mesh.fsdp",
+        ),
+        ({"mesh": {"data": 4, "seq": 2}}, "mesh.seq"),
+    ],
+)
+def test_what_a_mesh_cannot_divide_is_named(sections, message):
+    with pytest.raises(UserError, match=message):
+        make_program(config(**sections))
