@@ -67,7 +67,7 @@ class SourceConfig(Section):
     """One corpus of the mixture."""
 
     name: str  # in reports
-    path: str  # file, folder or glob; "stdlib" is the source code of the running Python's standard library
+    path: str  # file or folder; "stdlib" is the source code of the running Python's standard library
     format: str = "auto"  # auto: by the file names
     weight: float = limited(1.0, above=0)  # share of the mixture, relative to the other sources'
 
@@ -156,7 +156,7 @@ class EvaluationConfig(Section):
     """When held-out rows are scored; after the last step they always are."""
 
     every: int = limited(0, minimum=0)  # steps; 0: only at the end
-    max_rows: int = limited(512, minimum=0)  # held-out rows scored; 0: all
+    max_rows: int = limited(512, minimum=0)  # held-out rows scored, at equal distances; 0: all
 
 
 @dataclass(frozen=True, kw_only=True)

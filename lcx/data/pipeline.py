@@ -1,5 +1,6 @@
 """Batches: any training batch from its index, the held-out pass, and a reader that stays ahead of the trainer."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -49,33 +50,48 @@ def training_corpus(config: Config) -> Corpus:
     return load_corpus(config.data)
 
 
-def heldout_documents(config: Config | Mapping, max_rows: int = 0) -> Documents:
-    """The held-out documents that `max_rows` rows score (0 = all), in order, the last one cut where the rows end.
+def heldout_rows(documents: Documents, length: int, max_rows: int = 0) -> np.ndarray:
+    """The rows of the held-out documents that are scored, int64: all, or max_rows of them at equal distances."""
+    count = max(0, -(-(documents.tokens.size - 1) // length))
+    chosen = count if not max_rows else min(count, max_rows)
+    return np.arange(chosen) * count // max(chosen, 1)
 
-    A yardstick that scores these documents, each one's first token left out, scores what heldout_batches does.
+
+def heldout_documents(config: Config | Mapping, max_rows: int = 0) -> Documents:
+    """The stretches of held-out documents that `heldout_batches(config, max_rows)` scores, as documents, in order.
+
+    A yardstick that scores these documents, each one's first token left out, scores the same tokens.
     """
     config = _as_config(config)
-    heldout = training_corpus(config).heldout
-    length = config.train.sequence_length
-    if not max_rows or heldout.tokens.size <= max_rows * length + 1:
+    heldout, length = training_corpus(config).heldout, config.train.sequence_length
+    rows = heldout_rows(heldout, length, max_rows)
+    if np.array_equal(rows, heldout_rows(heldout, length)):
         return heldout
-    end = max_rows * length + 1  # the last row's last target included
-    count = int(np.searchsorted(heldout.offsets, end))
-    return Documents(heldout.tokens[:end], np.append(heldout.offsets[:count], end), heldout.names[:count])
+    pieces, names = [], []
+    for start in rows * length:
+        stop = min(start + length + 1, heldout.tokens.size)
+        first, last = np.searchsorted(heldout.offsets, [start, stop], side="right")
+        borders = [start, *heldout.offsets[first:last].tolist(), stop]
+        spans = [(a, b) for a, b in itertools.pairwise(borders) if a < b]
+        pieces += [heldout.tokens[a:b] for a, b in spans]
+        names += [heldout.names[np.searchsorted(heldout.offsets, a, side="right") - 1] for a, _ in spans]
+    offsets = np.cumsum([0, *(piece.size for piece in pieces)], dtype=np.int64)
+    return Documents(np.concatenate(pieces), offsets, tuple(names))
 
 
 def heldout_batches(config: Config | Mapping, max_rows: int = 0) -> Iterator[Batch]:
     """One pass over the held-out documents, in order, in full batches; nothing is yielded if nothing is held out.
 
     Each token but a document's first is a target of weight 1 exactly once. The last row is padded (segment 0, weight
-    0), and the last batch with rows of padding. max_rows: stop after this many rows, 0 = never.
+    0), and the last batch with rows of padding. max_rows: score this many rows, at equal distances; 0 = all.
     """
     config = _as_config(config)
-    documents = heldout_documents(config, max_rows)
+    documents = training_corpus(config).heldout
     length, batch_size, total = config.train.sequence_length, config.train.batch_size, documents.tokens.size
     unshuffled = Slots(np.arange(len(documents)), documents.offsets[:-1])
-    for start in range(0, -(-(total - 1) // length), batch_size):
-        row_index = np.arange(start, start + batch_size)
+    rows = heldout_rows(documents, length, max_rows)
+    beyond = -(-total // length) + np.arange(-len(rows) % batch_size)  # rows of padding that fill the last batch
+    for row_index in np.concatenate([rows, beyond]).reshape(-1, batch_size):
         places = cut_places(row_index, length)
         tokens, first = read_slots(documents, unshuffled, np.minimum(places, total - 1))
         padding = places >= total

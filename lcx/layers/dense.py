@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.parallel.sharding import ambient_mesh
 from lcx.params import Initializer, param
 
 
@@ -31,9 +32,26 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [batch, time, *inputs]; returns [batch, time, *outputs] in x's dtype."""
-        weight = self.weight[...].astype(x.dtype)
-        inputs, outputs = weight.shape[: self.contracted], weight.shape[self.contracted :]
-        batch = x.shape[: x.ndim - self.contracted]
-        # As a matrix product of two axes: XLA on CPU is slow with more.
-        y = x.reshape(*batch, math.prod(inputs)) @ weight.reshape(math.prod(inputs), math.prod(outputs))
-        return y.reshape(*batch, *outputs)
+        return contract(x, self.weight[...], self.contracted)
+
+
+def contract(x: jax.Array, weight: jax.Array, count: int = 1, dtype: Any = None) -> jax.Array:
+    """Contracts x's last `count` axes with the weight's first ones, in x's dtype.
+
+    On one device this is a product of two matrices: XLA's code for the gradient of a weight is several times slower
+    with more axes. On a mesh the axes stay apart, since each is sharded by itself.
+
+    Args:
+      x: [batch, time, *inputs].
+      weight: [*inputs, *outputs], cast to x's dtype.
+      count: how many axes the inputs have.
+      dtype: of the result and the sums; None is x's.
+
+    Returns: [batch, time, *outputs].
+    """
+    weight = weight.astype(x.dtype)
+    if ambient_mesh():
+        return jnp.tensordot(x, weight, count, preferred_element_type=dtype)
+    inputs = math.prod(weight.shape[:count])
+    y = jnp.matmul(x.reshape(-1, inputs), weight.reshape(inputs, -1), preferred_element_type=dtype)
+    return y.reshape(*x.shape[: x.ndim - count], *weight.shape[count:])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.layers.dense import contract
 from lcx.params import Initializer, param
 
 
@@ -21,6 +22,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., d_model]; returns [..., vocab_size], accumulated and given in at least float32."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        table = self.table[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=wide)
+        return contract(hidden, self.table[...].T, dtype=jnp.promote_types(hidden.dtype, jnp.float32))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.layers.dense import contract
 from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogArange, Uniform
 from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State
 from lcx.params import param
@@ -69,7 +70,7 @@ class Mamba(Mixer):
         x, tail = self._convolve(x, past["conv"], context)
         x = jax.nn.silu(x)
         dt, B, C = jnp.split(self.x_proj(x), self.splits, axis=-1)
-        dt = dt @ self.dt_proj[...].astype(x.dtype)
+        dt = contract(dt, self.dt_proj[...])
         y, ssm = self._scan(x, dt, B, C, z, past["ssm"], context)
         metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
         return self.out_proj(y), {"conv": tail, "ssm": ssm}, {"metrics": metrics}

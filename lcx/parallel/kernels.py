@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lcx.parallel.sharding import divisible_spec
+from lcx.parallel.sharding import ambient_mesh, divisible_spec
 
 Axes = tuple[str | None, ...]
 
@@ -29,8 +29,8 @@ class Shard:
 
         Returns: the tuple of whole results.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        mesh = ambient_mesh()
+        if mesh is None:
             return function(**arrays)
         given = {name: array for name, array in arrays.items() if array is not None}
         missing = {name: None for name, array in arrays.items() if array is None}

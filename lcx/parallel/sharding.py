@@ -46,6 +46,12 @@ def shards(part: str | tuple[str, ...] | None, mesh: jax.sharding.AbstractMesh) 
     return count
 
 
+def ambient_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh that is in force where a program is traced; None where there is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def activation_sharding(axes: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an activation, or of a batch's array, with these logical axes."""
     return NamedSharding(mesh, spec(axes, ACTIVATION_RULES, mesh))
@@ -56,8 +62,8 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
     A dimension that does not divide stays whole: a prompt of one row on eight devices is computed on each.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = ambient_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, axes, mesh))
 

@@ -98,12 +98,10 @@ def make_case(name):
     cache_index = np.where(np.arange(24) < 17, np.arange(24), 10**6).astype(np.int32)
     return {
         "causal": ((2, 33, 33, 4, 2, 6, 5), {"chunk_size": 3}),
-        "even": ((1, 32, 32, 2, 2, 4, 4), {"chunk_size": 8, "scale": 0.3}),
         "one_token": ((2, 1, 1, 4, 1, 4, 3), {}),
         "seven_tokens": ((2, 7, 7, 2, 2, 4, 3), {"chunk_size": 5, "softcap": 2.0}),
         "not_causal": ((2, 9, 14, 2, 1, 4, 4), {"causal": False, "chunk_size": 4, "offset": 2, "window": 5}),
         "window": ((2, 33, 33, 4, 2, 4, 6), {"window": 6, "chunk_size": 4}),
-        "window_of_one": ((1, 9, 9, 2, 2, 4, 4), {"window": 1, "chunk_size": 4}),
         "documents": ((2, 33, 33, 2, 1, 4, 4), {"segment_ids": documents(rng, 2, 33), "chunk_size": 17}),
         "lookback": ((2, 33, 33, 4, 4, 4, 4), {"lookback": integers(-2, 20, (2, 33)), "chunk_size": 11}),
         "halo": (
@@ -117,7 +115,7 @@ def make_case(name):
                 "chunk_size": 8,
             },
         ),
-        "long_cache": ((2, 9, 20, 2, 1, 4, 4), {"offset": 6, "chunk_size": 2}),
+        "long_cache": ((2, 9, 20, 2, 1, 4, 4), {"offset": 6, "chunk_size": 3, "scale": 0.3}),
         "decoding": (
             (2, 2, 24, 4, 2, 4, 4),
             {
@@ -131,8 +129,7 @@ def make_case(name):
 
 
 CASES = (
-    "causal even one_token seven_tokens not_causal window window_of_one documents lookback halo long_cache decoding "
-    "shuffled no_key_at_all"
+    "causal one_token seven_tokens not_causal window documents lookback halo long_cache decoding shuffled no_key_at_all"
 ).split()
 
 
@@ -201,7 +198,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["segments", "lookback", "window"])
+@pytest.mark.parametrize("kind", ["segments", "window"])
 def test_a_document_is_isolated_to_the_bit(kind, backend):
     """Other documents change, their cotangents too, up to values whose products overflow; a document does not."""
     time, begin, end = 26, 9, 18
@@ -209,11 +206,7 @@ def test_a_document_is_isolated_to_the_bit(kind, backend):
     numbers = np.repeat([0, 1, 2], [begin, end - begin, time - end])
     segments = jnp.asarray(np.tile(numbers, (2, 1)), jnp.int32)
     lookback = jnp.asarray(np.tile(np.arange(time) - np.searchsorted(numbers, numbers), (2, 1)), jnp.int32)
-    options = {
-        "segments": {"segment_ids": segments},
-        "lookback": {"lookback": lookback},
-        "window": {"lookback": lookback, "window": 6},
-    }[kind]
+    options = {"segments": {"segment_ids": segments}, "window": {"lookback": lookback, "window": 6}}[kind]
 
     function = functools.partial(attention, sinks=sinks, backend=backend, chunk_size=4, **options)
 
@@ -234,7 +227,7 @@ def test_a_document_is_isolated_to_the_bit(kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"positions": True}])
+@pytest.mark.parametrize("options", [{}, {"positions": True}])
 def test_causality_is_exact(options, backend):
     time, cut = 22, 13
     q, k, v, sinks, d_out, d_log_sum_exp = draw(2, 1, time, time, 2, 1, 4, 4, np.float32)
@@ -325,8 +318,9 @@ def count_equations(jaxpr):
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_program_and_temporaries_at_length(window):
+def test_program_and_temporaries_at_length(window, monkeypatch):
     """The program does not grow with T, and temporaries grow linearly."""
+    monkeypatch.setattr(xla, "MAX_TRIANGLE_RUNS", 2)  # quicker to compile
 
     def gradient(q, k, v):
         loss = lambda *x: attention(*x, window=window, backend="xla", chunk_size=32)[0].sum()  # noqa: E731
@@ -337,7 +331,7 @@ def test_program_and_temporaries_at_length(window):
         arrays = [jax.ShapeDtypeStruct((1, time, 2, 16), jnp.float32)] * 3
         equations.append(count_equations(jax.make_jaxpr(gradient)(*arrays).jaxpr))
         temporaries.append(jax.jit(gradient).lower(*arrays).compile().memory_analysis().temp_size_in_bytes)
-    assert equations[1] <= equations[0] < 1500
+    assert equations[1] <= equations[0] < 700
     assert temporaries[1] <= 4.2 * temporaries[0]
 
 
