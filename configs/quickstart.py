@@ -18,7 +18,8 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; `arg` is "sequence_length=256" or nothing."""
     options = parse_options(arg, sequence_length=512)
     config = load_config(f"{SAMBA}:size=tiny,sequence_length={options['sequence_length']}")
-    config.train.steps = 300
+    config.train.steps = 240
+    config.logging.every = 5
     config.evaluation.max_rows = 0  # all that is held out
     config.model.remat = {"mlp": "full"}  # a sixth faster here: memory is the bottleneck, not arithmetic
     return config

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -22,3 +23,9 @@ settings.register_profile(
     "lcx", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lcx")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of one file run in one worker and share its compiled functions, unless they name a group themselves."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))

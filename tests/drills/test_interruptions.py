@@ -156,7 +156,7 @@ def test_ten_kills(undisturbed, tmp_path):
     assert_same_run(tmp_path / "killed", undisturbed(200), steps=200)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_75(undisturbed, tmp_path, number):
     """In the middle of training, away from the steps that save by themselves."""
     workdir = tmp_path / "signalled"
