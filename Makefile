@@ -12,7 +12,7 @@ quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-test  ## the tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
 	$(BIN)/pytest -m slow

@@ -1,9 +1,12 @@
-"""Set once, before JAX is imported: eight CPU devices, quick compilation, a cache, reproducible draws."""
+"""Set once, before JAX is imported: eight CPU devices, quick compilation, a cache, reproducible draws.
+
+Of XLA's code generators for CPU the tests take the older one, without optimisation: it compiles several times faster.
+The runs of tests/drills are processes of their own and use what users get.
+"""
 
 import os
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -11,7 +14,8 @@ CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 # What compiled once is read again by the next run; a cache that cannot be written or read is only slower.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -23,9 +27,3 @@ settings.register_profile(
     "lcx", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lcx")
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of one file run in one worker and share its compiled functions, unless they name a group themselves."""
-    if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))

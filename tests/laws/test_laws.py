@@ -24,12 +24,6 @@ MIXER_EXAMPLES = [
     for example in mixer.examples
 ]
 SUBJECTS = [f"{name}-{example}" for name, example in MIXER_EXAMPLES] + [f"family-{family}" for family in FAMILIES]
-# A subject's tests run in one worker, which compiles its functions once.
-CASES = [
-    pytest.param(name, dtype, marks=pytest.mark.xdist_group(f"{name}-{dtype}"))
-    for dtype in ("float64", "float32")
-    for name in reversed(SUBJECTS)  # the families take longest
-]
 
 
 @cache
@@ -87,7 +81,8 @@ def packings(draw):
 def lawful(test):
     """Runs a law on every subject in both dtypes, float64 with 64-bit JAX."""
 
-    @pytest.mark.parametrize("name, dtype", CASES)
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    @pytest.mark.parametrize("name", SUBJECTS)
     @settings(max_examples=EXAMPLES)
     @given(data=st.data())
     def run(name, dtype, data):
