@@ -13,6 +13,11 @@ AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 Pair = jax.Array | tuple[jax.Array, jax.Array]
 
 
+def select_backend(backend: str) -> str:
+    """The name of the implementation that `backend` means here; see `resolve_backend` for what it raises."""
+    return resolve_backend(backend, IMPLEMENTATIONS, AUTO)
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -78,7 +83,7 @@ def attention(
     for name, value in (("window", window), ("chunk_size", chunk_size), ("softcap", softcap)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive or None, got {value}")
-    implementation = IMPLEMENTATIONS[resolve_backend(backend, IMPLEMENTATIONS, AUTO)]
+    implementation = IMPLEMENTATIONS[select_backend(backend)]
 
     batch, time, heads, width = q.shape
     keys = k.shape[1]

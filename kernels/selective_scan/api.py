@@ -13,6 +13,11 @@ _SCANS = {"reference": reference.scan, "xla": xla.scan}
 _AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 
+def select_backend(backend: str) -> str:
+    """The name of the implementation that `backend` means here; see `resolve_backend` for what it raises."""
+    return resolve_backend(backend, _SCANS, _AUTO)
+
+
 class ScanSummary(NamedTuple):
     """What a stretch of tokens does to the state: ``final = decay(A) * initial + state``.
 
@@ -91,7 +96,7 @@ def selective_scan(
       ValueError: an argument has a wrong shape or dtype, or the backend's name is unknown.
       BackendUnavailable: the named backend cannot run here.
     """
-    name = resolve_backend(backend, _SCANS, _AUTO)
+    name = select_backend(backend)
     batch, time, channels, state = _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     check("C", C, "[batch, time, state]", batch, time, state)
     check("D", D, "[channels]", channels)
@@ -135,7 +140,7 @@ def selective_scan_summary(
 
     Args, dtypes and errors as in ``selective_scan``. Returns a ``ScanSummary``.
     """
-    name = resolve_backend(backend, _SCANS, _AUTO)
+    name = select_backend(backend)
     _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     x, dt, A, B, dt_bias = _promote(x, dt, A, B, dt_bias)
     dt = _step_sizes(dt, dt_bias, dt_softplus)

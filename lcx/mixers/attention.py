@@ -11,10 +11,10 @@ from flax import nnx
 from lcx.errors import UserError
 from lcx.layers.norm import RMSNorm
 from lcx.layers.rotary import rotate
-from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State
+from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
 from lcx.parallel.sequence import halo
 from lcx.schema import limited
-from lcx_kernels.attention import attention
+from lcx_kernels.attention import attention, select_backend
 
 QUERY = ("batch", "time", "heads", None)
 KEY = ("batch", "time", "kv_heads", None)
@@ -61,6 +61,7 @@ class Attention(Mixer):
             raise UserError(
                 f"head_dim={width} is odd, but rotary positions turn pairs; use an even one or rope_base=none."
             )
+        check_backend(select_backend, options.backend)
         self.options, self.dims = options, dims
         self.kv_shape = (kv_heads, width)
         self.query = dims.dense(dims.d_model, (heads, width), ("d_model", "heads", None), rngs)

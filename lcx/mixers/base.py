@@ -6,7 +6,7 @@ x and y are [batch, time, d_model]. Training is the whole sequence from an empty
 a chunk of one token; there is no other code path. The laws (`lcx.laws`) say what every mixer must obey.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.errors import UserError
 from lcx.layers.dense import Dense
 from lcx.layers.initializers import SCHEMES
 from lcx.parallel.kernels import Shard
+from lcx_kernels.backends import BackendUnavailable
 
 State = dict[str, jax.Array]
 Aux = dict[str, dict[str, jax.Array]]  # {"metrics": scalars and histograms, "losses": scalars}; either may be absent
@@ -84,6 +86,14 @@ class ModelDims:
             fan_in *= size
         init = getattr(SCHEMES[self.init], role)(fan_in, self.d_model, self.sublayers)
         return Dense(inputs, outputs, axes, init, rngs, dtype=self.param_dtype)
+
+
+def check_backend(select: Callable[[str], str], backend: str) -> None:
+    """Raises UserError where a kernel's `select_backend` refuses the backend of a mixer's options."""
+    try:
+        select(backend)
+    except (ValueError, BackendUnavailable) as error:
+        raise UserError(f"{error}.") from error
 
 
 class Mixer(nnx.Module):

@@ -11,11 +11,11 @@ from flax import nnx
 
 from lcx.layers.dense import contract
 from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogArange, Uniform
-from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State
+from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
 from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.causal_conv import causal_conv
-from lcx_kernels.selective_scan import selective_scan
+from lcx_kernels.selective_scan import select_backend, selective_scan
 
 CHANNELS = ("batch", "time", "inner")
 TOKEN = ("batch", "time")
@@ -49,6 +49,7 @@ class Mamba(Mixer):
         inner = options.expand * dims.d_model
         rank = options.dt_rank or math.ceil(dims.d_model / 16)
         size, width, dtype = options.state_size, options.conv_width, dims.param_dtype
+        check_backend(select_backend, options.backend)
         self.options, self.dims = options, dims
         self.inner, self.splits = inner, (rank, rank + size)
         self.in_proj = dims.dense(dims.d_model, (2, inner), ("d_model", None, "inner"), rngs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcx.config import OptimizerConfig
+from lcx.config import OptimizerConfig, choose
 from lcx.params import Declaration
 from lcx.training.schedules import schedule_shape
 
@@ -25,12 +25,14 @@ def make_optimizer(config: OptimizerConfig, steps: int, declarations: Tree) -> o
     Returns:
       An optax transformation of the gradients, averaged over the batch, to updates (to be added). It computes and keeps
       its statistics in float32, or wider where the parameters are; its counters are int32.
+
+    Raises UserError for an optimizer that is not in the table.
     """
     decays = jax.tree.map(lambda declaration: config.decay_all or declaration.decay, declarations)
     return _widened(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            OPTIMIZERS[config.name](config, decays),
+            choose("optimizer", config.name, OPTIMIZERS)(config, decays),
             optax.scale_by_schedule(schedule_shape(config, steps)),
             _scale_by_peaks(config, declarations),
         )
