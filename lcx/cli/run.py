@@ -101,6 +101,8 @@ def finish(
         result |= {"loss": score.loss, "bits_per_token": score.bits_per_token, "tokens": score.tokens}
         unit = "byte" if config.data.tokenizer == "bytes" else "token"
         print(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
+    else:
+        print("nothing of this corpus is held out, so there is no held-out loss")
     if len(scored) and scored.tokens.dtype == np.uint8 and config.data.tokenizer == "bytes":
         train = corpus.train
         bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets)
