@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from lcx_kernels.backends import resolve_backend
 from lcx_kernels.checks import check
 from lcx_kernels.selective_scan import reference, xla
+from lcx_kernels.selective_scan.arguments import Arguments, around, step_sizes
 
-_SCANS = {"reference": reference.scan, "xla": xla.scan}
+# From (Arguments, dt_softplus, chunk_size) to (y, final state).
+_SCANS = {"reference": around(reference.scan), "xla": around(xla.scan)}
 _AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 
@@ -102,23 +104,8 @@ def selective_scan(
     check("D", D, "[channels]", channels)
     check("z", z, "[batch, time, channels]", batch, time, channels)
     check("initial_state", initial_state, "[batch, channels, state]", batch, channels, state)
-    x_dtype = x.dtype
-    x, dt, A, B, C, D, z, dt_bias, initial_state = _promote(x, dt, A, B, C, D, z, dt_bias, initial_state)
-    y, final_state = _SCANS[name](
-        x,
-        _step_sizes(dt, dt_bias, dt_softplus),
-        A,
-        B,
-        C,
-        _zero_state(x, A) if initial_state is None else initial_state,
-        reset,
-        chunk_size,
-    )
-    if D is not None:
-        y = y + D * x
-    if z is not None:
-        y = y * jax.nn.silu(z)
-    return y.astype(x_dtype), final_state
+    arguments = _arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, reset)
+    return _SCANS[name](arguments, dt_softplus, chunk_size)
 
 
 def selective_scan_summary(
@@ -142,27 +129,20 @@ def selective_scan_summary(
     """
     name = select_backend(backend)
     _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
-    x, dt, A, B, dt_bias = _promote(x, dt, A, B, dt_bias)
-    dt = _step_sizes(dt, dt_bias, dt_softplus)
-    _, state = _SCANS[name](x, dt, A, B, None, _zero_state(x, A), reset, chunk_size)
+    arguments = _arguments(x, dt, A, B, None, None, None, dt_bias, None, reset)
+    _, state = _SCANS[name](arguments, dt_softplus, chunk_size)
+    dtype = arguments.dtype
+    steps = step_sizes(dt.astype(dtype), None if dt_bias is None else dt_bias.astype(dtype), dt_softplus)
     any_reset = jnp.zeros_like(dt[:, 0, 0], dtype=bool) if reset is None else reset.any(axis=1)
-    return ScanSummary(dt.sum(axis=1), any_reset, state)
+    return ScanSummary(steps.sum(axis=1), any_reset, state)
 
 
-def _step_sizes(dt: jax.Array, dt_bias: jax.Array | None, dt_softplus: bool) -> jax.Array:
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    return jax.nn.softplus(dt) if dt_softplus else dt
-
-
-def _zero_state(x: jax.Array, A: jax.Array) -> jax.Array:
-    # Made from x, so that inside a shard_map the state varies over the mesh axes over which x varies.
-    return jnp.broadcast_to(jnp.zeros_like(x[:, 0, :, None]), (x.shape[0], *A.shape))
-
-
-def _promote(*arrays: jax.Array | None) -> list[jax.Array | None]:
-    dtype = jnp.result_type(jnp.float32, *(array for array in arrays if array is not None))
-    return [None if array is None else array.astype(dtype) for array in arrays]
+def _arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, reset) -> Arguments:
+    # An empty state is made from x, so that inside a shard_map it varies over the mesh axes over which x varies.
+    state = jnp.zeros_like(x[:, 0, :, None]) if initial_state is None else initial_state
+    found = Arguments(x, dt, A, B, C, D, z, dt_bias, state, reset)
+    state = jnp.broadcast_to(state, (x.shape[0], *A.shape)).astype(found.dtype)
+    return found._replace(initial_state=state)
 
 
 def _check_map(x, dt, A, B, dt_bias, reset, chunk_size) -> tuple[int, int, int, int]:
