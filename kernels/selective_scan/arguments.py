@@ -1,5 +1,6 @@
 """What every backend of the selective scan is given."""
 
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,5 +54,15 @@ def around(scan: Callable) -> Callable:
         if z is not None:
             y = y * jax.nn.silu(z)
         return None if y is None else y.astype(arguments.x.dtype), final_state
+
+    return backend
+
+
+def late(module: str) -> Callable:
+    """The backend ``scan`` of a module of this package, imported when it first runs: it needs more than JAX's core."""
+
+    def backend(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple:
+        scan = importlib.import_module(f"lcx_kernels.selective_scan.{module}").scan
+        return scan(arguments, dt_softplus, chunk_size)
 
     return backend

@@ -1,19 +1,23 @@
-"""The selective scan: every backend against a float64 sum over pairs of tokens, values and all gradients."""
+"""The selective scan: every backend against a float64 sum over pairs of tokens, values and all gradients.
 
+`ScanTests` holds what is asked of a backend; each backend is a subclass, here or in a file of its own.
+"""
+
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from lcx_kernels.backends import BackendUnavailable
+from lcx_kernels.backends import interpreted
 from lcx_kernels.selective_scan import selective_scan, selective_scan_summary
-
-BACKENDS = ["reference", "xla"]
 
 # What is differentiated, in the order of the signature.
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
@@ -119,6 +123,8 @@ CASES = {
     "one row": (draw(1, 19, 6, 2), {"dt_softplus": True, "reset": mark_resets(1, 19, 0, 18)}),
     "one odd row, resets everywhere": (draw(1, 18, 3, 1), {"reset": np.ones((1, 18), bool)}),
     "extreme steps": (extreme_steps(), {}),
+    # Channels over several blocks of a kernel, the last one ragged.
+    "many channels": (draw(1, 9, 130, 2), {"dt_softplus": True, "reset": mark_resets(1, 9, 4)}),
 }
 
 
@@ -132,52 +138,9 @@ def rounded(case, dtype):
     return arguments, cotangents, values_and_gradients(sum_over_pairs, *exact, **static)
 
 
-def compare(case, backend, *, dtype=np.float64, tolerance=1e-10, chunk_size=None):
-    with jax.enable_x64(True):
-        arguments, cotangents, expected = rounded(case, dtype)
-        scan = functools.partial(selective_scan, backend=backend, chunk_size=chunk_size)
-        actual = values_and_gradients(scan, arguments, cotangents, **CASES[case][1])
-        for name, value in actual.items():
-            assert value.dtype == (jnp.promote_types(dtype, jnp.float32) if name == "final_state" else dtype), name
-        assert_close(actual, expected, tolerance)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
-def test_float64(case, backend):
-    compare(case, backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
-def test_lower_precisions(dtype, tolerance, backend):
-    compare("everything", backend, dtype=dtype, tolerance=tolerance)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 5])
-def test_chunk_size_changes_nothing(chunk_size):
-    compare("everything", "xla", chunk_size=chunk_size)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_decays_of_zero_and_of_large_steps(backend):
-    """A step of 0 leaves the state as it is, to the bit; a large one leaves exactly nothing of it."""
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in CASES["extreme steps"][0].items()}
-    scan = jax.jit(functools.partial(selective_scan, backend=backend))
-    _, lasting = scan(**arguments | {"dt": jnp.zeros((2, 18, 4))})
-    np.testing.assert_array_equal(lasting, arguments["initial_state"])
-    _, gone = scan(**arguments | {"dt": jnp.full((2, 18, 4), 1e30), "x": jnp.zeros((2, 18, 4))})
-    np.testing.assert_array_equal(gone, np.zeros_like(gone))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_softplus_is_stable(backend):
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(1, 6, 2, 2).items()}
-    arguments["dt"] = jnp.asarray([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])[None, :, None] * jnp.ones((1, 6, 2))
-    scan = functools.partial(selective_scan, backend=backend)
-    results = values_and_gradients(scan, arguments, cotangents_of(arguments, jnp.float32), dt_softplus=True)
-    for name, value in results.items():
-        assert np.isfinite(value).all(), name
+@functools.cache
+def jitted(function, **static):
+    return jax.jit(functools.partial(function, **static))
 
 
 @functools.cache
@@ -197,168 +160,251 @@ def gradients_of_packed(batch, backend):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("noise", ["numbers", "nan"])
-def test_documents_are_isolated_to_the_bit(noise, batch, backend):
-    """Another document's tokens, cotangents or the initial state change nothing in the document between two resets."""
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(batch, 25, 4, 3).items()}
-    tokens = {name: arguments[name] for name in ("x", "dt", "B", "C", "z")}
-    dy, d_state = cotangents_of(arguments, jnp.float32)
-    outside = np.ones((1, 25, 1), bool)
-    outside[:, 7:19] = False
-
-    def disturb(array):
-        return jnp.where(outside, 3 * array + 1 if noise == "numbers" else jnp.nan, array)
-
-    run = gradients_of_packed(batch, backend)
-    before = run(tokens, arguments["A"], arguments["initial_state"], (dy, d_state))
-    disturbed = jax.tree.map(disturb, tokens)
-    after = run(disturbed, arguments["A"], arguments["initial_state"] + 1, (disturb(dy), d_state + 1))
-    for name, value in before.items():
-        np.testing.assert_array_equal(value[:, 7:19], after[name][:, 7:19], err_msg=name)
-        assert not np.array_equal(value[:, 19:], after[name][:, 19:]), name
+def in_float32(arguments):
+    return {name: jnp.asarray(value, jnp.float32) for name, value in arguments.items()}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_future_is_unseen_to_the_bit(backend):
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 20, 4, 3, names=NAMES[:5]).items()}
-    scan = jax.jit(functools.partial(selective_scan, backend=backend, chunk_size=8))
-    y, _ = scan(**arguments)
-    changed = {name: arguments[name].at[:, 11:].mul(2.0) for name in ("x", "dt", "B", "C")}
-    later, _ = scan(**arguments | changed)
-    np.testing.assert_array_equal(y[:, :11], later[:, :11])
-    assert not np.array_equal(y[:, 11], later[:, 11])
+class ScanTests:
+    """The laws and cases of a backend; subclasses say which.
+
+    Attributes:
+      backend: its name.
+      chunk_size: with which the cases run, short enough for several chunks; None for the backend's own.
+      check_vma: whether the axes of a shard_map around the backend are checked.
+      environment: makes the context in which it can run here.
+    """
+
+    backend: str
+    chunk_size: int | None = None
+    check_vma = True
+    environment = contextlib.nullcontext
+
+    @pytest.fixture(autouse=True)
+    def _environment(self):
+        with type(self).environment():
+            yield
+
+    def compare(self, case, *, dtype=np.float64, tolerance=1e-10, chunk_size=None):
+        with jax.enable_x64(True):
+            arguments, cotangents, expected = rounded(case, dtype)
+            options = {"backend": self.backend, "chunk_size": chunk_size or self.chunk_size}
+            scan = functools.partial(selective_scan, **options)
+            actual = values_and_gradients(scan, arguments, cotangents, **CASES[case][1])
+            for name, value in actual.items():
+                assert value.dtype == (jnp.promote_types(dtype, jnp.float32) if name == "final_state" else dtype), name
+            assert_close(actual, expected, tolerance)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_float64(self, case):
+        self.compare(case)
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+    def test_lower_precisions(self, dtype, tolerance):
+        self.compare("everything", dtype=dtype, tolerance=tolerance)
+
+    def test_decays_of_zero_and_of_large_steps(self):
+        """A step of 0 leaves the state as it is, to the bit; a large one leaves exactly nothing of it."""
+        arguments = in_float32(CASES["extreme steps"][0])
+        scan = jitted(selective_scan, backend=self.backend)
+        _, lasting = scan(**arguments | {"dt": jnp.zeros((2, 18, 4))})
+        np.testing.assert_array_equal(lasting, arguments["initial_state"])
+        _, gone = scan(**arguments | {"dt": jnp.full((2, 18, 4), 1e30), "x": jnp.zeros((2, 18, 4))})
+        np.testing.assert_array_equal(gone, np.zeros_like(gone))
+
+    def test_softplus_is_stable(self):
+        arguments = in_float32(draw(1, 6, 2, 2))
+        arguments["dt"] = jnp.asarray([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])[None, :, None] * jnp.ones((1, 6, 2))
+        scan = functools.partial(selective_scan, backend=self.backend)
+        results = values_and_gradients(scan, arguments, cotangents_of(arguments, jnp.float32), dt_softplus=True)
+        for name, value in results.items():
+            assert np.isfinite(value).all(), name
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("noise", ["numbers", "nan"])
+    def test_documents_are_isolated_to_the_bit(self, noise, batch):
+        """Another document's tokens, cotangents or the initial state change nothing between two resets."""
+        arguments = in_float32(draw(batch, 25, 4, 3))
+        tokens = {name: arguments[name] for name in ("x", "dt", "B", "C", "z")}
+        dy, d_state = cotangents_of(arguments, jnp.float32)
+        outside = np.ones((1, 25, 1), bool)
+        outside[:, 7:19] = False
+
+        def disturb(array):
+            return jnp.where(outside, 3 * array + 1 if noise == "numbers" else jnp.nan, array)
+
+        run = gradients_of_packed(batch, self.backend)
+        before = run(tokens, arguments["A"], arguments["initial_state"], (dy, d_state))
+        disturbed = jax.tree.map(disturb, tokens)
+        after = run(disturbed, arguments["A"], arguments["initial_state"] + 1, (disturb(dy), d_state + 1))
+        for name, value in before.items():
+            np.testing.assert_array_equal(value[:, 7:19], after[name][:, 7:19], err_msg=name)
+            assert not np.array_equal(value[:, 19:], after[name][:, 19:]), name
+
+    def test_the_future_is_unseen_to_the_bit(self):
+        arguments = in_float32(draw(2, 20, 4, 3, names=NAMES[:5]))
+        scan = jitted(selective_scan, backend=self.backend, chunk_size=8)
+        y, _ = scan(**arguments)
+        changed = {name: arguments[name].at[:, 11:].mul(2.0) for name in ("x", "dt", "B", "C")}
+        later, _ = scan(**arguments | changed)
+        np.testing.assert_array_equal(y[:, :11], later[:, :11])
+        assert not np.array_equal(y[:, 11], later[:, 11])
+
+    # The classes run it as the same test: differing executors.
+    @settings(max_examples=20, suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow])
+    @given(data=st.data())
+    def test_stretches_compose(self, data):
+        """Scanning stretch by stretch, and composing the stretches' summaries, give the state of one scan."""
+        positions = data.draw(st.lists(st.integers(0, 23), max_size=4))
+        reset = mark_resets(2, 24, *positions) & np.array([[True], [data.draw(st.booleans())]])
+        arguments = in_float32(draw(2, 24, 4, 3))
+        A, initial = arguments["A"], arguments["initial_state"]
+        per_token = {"x", "dt", "B", "C", "z"}
+        scan = jitted(selective_scan, dt_softplus=True, backend=self.backend, chunk_size=4)
+        summarise = jitted(selective_scan_summary, dt_softplus=True, backend=self.backend, chunk_size=4)
+        y, final = scan(**arguments, reset=reset)
+
+        state, summary, pieces = initial, None, []
+        for start in (0, 8, 16):
+            now = slice(start, start + 8)
+            part = {name: value[:, now] if name in per_token else value for name, value in arguments.items()}
+            piece, state = scan(**part | {"initial_state": state}, reset=reset[:, now])
+            pieces.append(piece)
+            of_map = {name: part[name] for name in ("x", "dt", "A", "B", "dt_bias")}
+            piece_summary = summarise(**of_map, reset=reset[:, now])
+            summary = piece_summary if summary is None else summary.then(piece_summary, A)
+            np.testing.assert_allclose(summary.decay(A) * initial + summary.state, state, rtol=1e-5, atol=1e-5)
+
+        np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
+        restarted = reset.any(axis=1)
+        np.testing.assert_array_equal(np.asarray(summary.decay(A) == 0).all(axis=(1, 2)), restarted)
+
+    def test_summary_gradients(self):
+        """The final state through the summary and straight from the scan have the same gradients."""
+        names = ("x", "dt", "A", "B", "dt_bias", "initial_state")
+        reset = mark_resets(2, 10, 3) & np.array([[True], [False]])
+
+        def through_summary(initial_state, **arguments):
+            summary = selective_scan_summary(**arguments, dt_softplus=True, reset=reset, backend=self.backend)
+            return None, summary.decay(arguments["A"]) * initial_state + summary.state
+
+        def straight(**arguments):
+            C = jnp.zeros_like(arguments["B"])
+            return None, sum_over_pairs(**arguments, C=C, dt_softplus=True, reset=reset)[1]
+
+        with jax.enable_x64(True):
+            arguments = {name: jnp.asarray(value) for name, value in draw(2, 10, 4, 3, names=names).items()}
+            cotangents = None, cotangents_of(arguments, jnp.float64)[1]
+            results = [
+                values_and_gradients(function, arguments, cotangents) for function in (through_summary, straight)
+            ]
+            for result in results:
+                del result["y"]
+            assert_close(*results, 1e-10)
+
+    def test_inside_shard_map(self):
+        """Over batch and channels; also what is made inside, such as an absent initial state."""
+        arguments = in_float32(draw(2, 9, 4, 3, names=NAMES[:5]))
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        channels, shared = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
+        specs = {"x": channels, "dt": channels, "A": PartitionSpec("tensor"), "B": shared, "C": shared}
+        reset = mark_resets(2, 9, 4)
+
+        def sharded(arguments, reset):
+            missing = {"A": "data", "B": "tensor", "C": "tensor"}
+            arguments = {
+                name: jax.lax.pcast(value, missing[name], to="varying") if name in missing else value
+                for name, value in arguments.items()
+            }
+            reset = jax.lax.pcast(reset, "tensor", to="varying")
+            return selective_scan(**arguments, reset=reset, backend=self.backend, chunk_size=4)[0]
+
+        def loss(scan, arguments):
+            return (scan(arguments, reset) ** 2).sum()
+
+        mapped = jax.shard_map(
+            sharded, mesh=mesh, in_specs=(specs, shared), out_specs=channels, check_vma=self.check_vma
+        )
+        whole = lambda arguments, reset: selective_scan(**arguments, reset=reset, backend="xla")[0]  # noqa: E731
+        actual, expected = (jax.jit(jax.grad(functools.partial(loss, scan)))(arguments) for scan in (mapped, whole))
+        assert_close(actual, expected, 1e-6)
 
 
-@functools.cache
-def jitted(function, **static):
-    return jax.jit(functools.partial(function, **static))
+class TestReference(ScanTests):
+    backend = "reference"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20)
-@given(data=st.data())
-def test_stretches_compose(backend, data):
-    """Scanning stretch by stretch, and composing the stretches' summaries, give the state of one scan."""
-    positions = data.draw(st.lists(st.integers(0, 23), max_size=4))
-    reset = mark_resets(2, 24, *positions) & np.array([[True], [data.draw(st.booleans())]])
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 24, 4, 3).items()}
-    A, initial = arguments["A"], arguments["initial_state"]
-    per_token = {"x", "dt", "B", "C", "z"}
-    scan = jitted(selective_scan, dt_softplus=True, backend=backend, chunk_size=4)
-    y, final = scan(**arguments, reset=reset)
+class TestXla(ScanTests):
+    backend = "xla"
 
-    state, summary, pieces = initial, None, []
-    for start in (0, 8, 16):
-        part = {name: value[:, start : start + 8] if name in per_token else value for name, value in arguments.items()}
-        piece, state = scan(**part | {"initial_state": state}, reset=reset[:, start : start + 8])
-        pieces.append(piece)
-        of_map = {name: part[name] for name in ("x", "dt", "A", "B", "dt_bias")}
-        summarise = jitted(selective_scan_summary, dt_softplus=True, backend=backend, chunk_size=4)
-        piece_summary = summarise(**of_map, reset=reset[:, start : start + 8])
-        summary = piece_summary if summary is None else summary.then(piece_summary, A)
-        np.testing.assert_allclose(summary.decay(A) * initial + summary.state, state, rtol=1e-5, atol=1e-5)
+    @pytest.mark.parametrize("chunk_size", [1, 5])
+    def test_chunk_size_changes_nothing(self, chunk_size):
+        self.compare("everything", chunk_size=chunk_size)
 
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-5)
-    restarted = reset.any(axis=1)
-    np.testing.assert_array_equal(np.asarray(summary.decay(A) == 0).all(axis=(1, 2)), restarted)
+    def test_memory_holds_no_state_per_token(self):
+        """Temporaries of the gradient are a small part of [batch, time, channels, state], in proportion to time."""
+
+        def temporaries(time):
+            arguments = in_float32(draw(2, time, 64, 16))
+            loss = lambda arguments: selective_scan(**arguments, backend="xla")[0].sum()  # noqa: E731
+            analysis = jax.jit(jax.grad(loss)).lower(arguments).compile().memory_analysis()
+            return analysis.temp_size_in_bytes
+
+        short, long = temporaries(256), temporaries(1024)
+        assert long < 2 * 1024 * 64 * 16 * 4 / 2
+        assert long < 4.2 * short
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_summary_gradients(backend):
-    """The final state through the summary and straight from the scan have the same gradients."""
-    names = ("x", "dt", "A", "B", "dt_bias", "initial_state")
-    reset = mark_resets(2, 10, 3) & np.array([[True], [False]])
+class TestPallasTpu(ScanTests):
+    """The kernels' arithmetic, interpreted on CPU; tests/aot has them compiled for TPU."""
 
-    def through_summary(initial_state, **arguments):
-        summary = selective_scan_summary(**arguments, dt_softplus=True, reset=reset, backend=backend)
-        return None, summary.decay(arguments["A"]) * initial_state + summary.state
+    backend = "pallas_tpu"
+    chunk_size = 16
+    check_vma = False  # JAX's interpreter of kernels does not track axes
+    environment = interpreted
 
-    def straight(**arguments):
-        C = jnp.zeros_like(arguments["B"])
-        return None, sum_over_pairs(**arguments, C=C, dt_softplus=True, reset=reset)[1]
+    @pytest.mark.parametrize("chunk_size", [32])
+    def test_chunk_size_changes_nothing(self, chunk_size):
+        self.compare("everything", chunk_size=chunk_size)
 
-    with jax.enable_x64(True):
-        arguments = {name: jnp.asarray(value) for name, value in draw(2, 10, 4, 3, names=names).items()}
-        cotangents = None, cotangents_of(arguments, jnp.float64)[1]
-        results = [values_and_gradients(function, arguments, cotangents) for function in (through_summary, straight)]
-        for result in results:
-            del result["y"]
-        assert_close(*results, 1e-10)
+    def test_blocks_as_on_tpu(self):
+        """Three chunks of 128 tokens and two blocks of 256 channels, the last ones ragged, against the XLA backend."""
+        with jax.enable_x64(True):
+            arguments = {name: jnp.asarray(value) for name, value in draw(2, 300, 300, 2).items()}
+            reset = mark_resets(2, 300, 7, 200) & np.array([[True], [False]])
+            scans = [functools.partial(selective_scan, backend=backend) for backend in ("pallas_tpu", "xla")]
+            static = {"dt_softplus": True, "reset": reset}
+            cotangents = cotangents_of(arguments, jnp.float64)
+            assert_close(*(values_and_gradients(scan, arguments, cotangents, **static) for scan in scans), 1e-10)
 
+    def test_simulated(self, monkeypatch):
+        """In JAX's simulator of a TPU's memories: nothing is read before it is written or outside of a buffer."""
+        strict = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+        pallas_call, simulated = pl.pallas_call, []
 
-def test_memory_holds_no_state_per_token():
-    """Temporaries of the gradient are a small part of [batch, time, channels, state] and grow no faster than time."""
+        def simulate(*args, interpret, **options):
+            simulated.append(options["name"])
+            return pallas_call(*args, interpret=strict, **options)
 
-    def temporaries(time):
-        arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, time, 64, 16).items()}
-        loss = lambda arguments: selective_scan(**arguments, backend="xla")[0].sum()  # noqa: E731
-        analysis = jax.jit(jax.grad(loss)).lower(arguments).compile().memory_analysis()
-        return analysis.temp_size_in_bytes
+        monkeypatch.setattr(pl, "pallas_call", simulate)
+        self.compare("everything", dtype=np.float32, tolerance=2e-6)
+        assert simulated == ["selective_scan_forward", "selective_scan_backward"]
 
-    short, long = temporaries(256), temporaries(1024)
-    assert long < 2 * 1024 * 64 * 16 * 4 / 2
-    assert long < 4.2 * short
-
-
-def test_inside_shard_map():
-    """With its axes checked, over batch and channels; also what is made inside, such as an absent initial state."""
-    arguments = {name: jnp.asarray(value, jnp.float32) for name, value in draw(2, 9, 4, 3, names=NAMES[:5]).items()}
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    channels, shared = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
-    specs = {"x": channels, "dt": channels, "A": PartitionSpec("tensor"), "B": shared, "C": shared}
-    reset = mark_resets(2, 9, 4)
-
-    def sharded(arguments, reset):
-        missing = {"A": "data", "B": "tensor", "C": "tensor"}
+    def test_mixed_dtypes(self):
+        """Every array is read in its own dtype, and its gradient has it."""
+        bfloat16 = {"x", "z", "B"}
         arguments = {
-            name: jax.lax.pcast(value, missing[name], to="varying") if name in missing else value
-            for name, value in arguments.items()
+            name: jnp.asarray(value, jnp.bfloat16 if name in bfloat16 else jnp.float32)
+            for name, value in CASES["everything"][0].items()
         }
-        reset = jax.lax.pcast(reset, "tensor", to="varying")
-        return selective_scan(**arguments, reset=reset, backend="xla", chunk_size=4)[0]
-
-    def loss(scan, arguments):
-        return (scan(arguments, reset) ** 2).sum()
-
-    mapped = jax.shard_map(sharded, mesh=mesh, in_specs=(specs, shared), out_specs=channels, check_vma=True)
-    whole = lambda arguments, reset: selective_scan(**arguments, reset=reset)[0]  # noqa: E731
-    actual, expected = (jax.jit(jax.grad(functools.partial(loss, scan)))(arguments) for scan in (mapped, whole))
-    assert_close(actual, expected, 1e-6)
-
-
-WRONG = {
-    "x": (np.zeros((2, 5), np.float32), r"x: shape \(2, 5\), expected \[batch, time, channels\]"),
-    "dt": (np.zeros((2, 5, 1), np.float32), r"dt: shape \(2, 5, 1\), expected \[batch, time, channels\] = \(2, 5, 3\)"),
-    "A": (np.zeros((4, 3), np.float32), r"A: shape \(4, 3\), expected \[channels, state\]"),
-    "B": (np.zeros((2, 5, 7), np.float32), r"B: shape \(2, 5, 7\), expected \[batch, time, state\]"),
-    "C": (np.zeros((2, 4, 4), np.float32), r"C: shape \(2, 4, 4\), expected \[batch, time, state\]"),
-    "D": (np.zeros((3, 1), np.float32), r"D: shape \(3, 1\), expected \[channels\]"),
-    "z": (np.zeros((2, 5, 3), np.int32), r"z: int32 of shape \(2, 5, 3\), expected .* of floating"),
-    "dt_bias": (np.zeros((1,), np.float32), r"dt_bias: shape \(1,\), expected \[channels\]"),
-    "initial_state": (np.zeros((2, 4, 3), np.float32), r"initial_state: shape \(2, 4, 3\), expected .* = \(2, 3, 4\)"),
-    "reset": (np.zeros((2, 5), np.int32), r"reset: int32 of shape \(2, 5\), expected \[batch, time\] of bool"),
-    "chunk_size": (0, "chunk_size: 0, expected at least 1"),
-    "backend": ("cuda", "backend: unknown name 'cuda', expected \"auto\" or one of: reference, xla"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_named(name):
-    value, message = WRONG[name]
-    arguments = {key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 5, 3, 4).items()}
-    with pytest.raises(ValueError, match=message):
-        selective_scan(**arguments | {name: value})
-
-
-def test_a_sequence_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="at least one token"):
-        selective_scan(**{key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 0, 3, 4).items()})
-
-
-def test_a_backend_that_is_not_there_is_refused():
-    arguments = {key: jnp.asarray(value, jnp.float32) for key, value in draw(2, 5, 3, 4).items()}
-    with pytest.raises(BackendUnavailable, match='backend "triton" is missing for this kernel; it has: reference, xla'):
-        selective_scan(**arguments, backend="triton")
+        cotangents = cotangents_of(arguments, jnp.bfloat16)
+        static = CASES["everything"][1]
+        actual = values_and_gradients(
+            functools.partial(selective_scan, backend="pallas_tpu", chunk_size=16), arguments, cotangents, **static
+        )
+        for name, value in actual.items():
+            narrow = name == "y" or name[1:] in bfloat16
+            assert value.dtype == (jnp.bfloat16 if narrow else jnp.float32), name
+        with jax.enable_x64(True):
+            exact = jax.tree.map(lambda array: array.astype(jnp.float64), (arguments, cotangents))
+            assert_close(actual, values_and_gradients(sum_over_pairs, *exact, **static), 4e-3)

@@ -1,0 +1,1 @@
+"""Programs timed side by side in one run: medians and ratios, since machines are noisy."""
