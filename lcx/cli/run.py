@@ -110,7 +110,8 @@ def finish(
         bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets, start)
         baselines["byte bigram"] = result["bigram_bits_per_token"] = bigram
         print(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
-        print(f" (the model is {bigram - result['bits_per_token']:.3f} below)")
+        lead = bigram - result["bits_per_token"]
+        print(f" (the model is {abs(lead):.3f} {'below' if lead >= 0 else 'above'})")
     write_json(folder.evaluation / "heldout.json", result)
     points = {result["step"]: result["bits_per_token"]} if anything else {}
     plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
