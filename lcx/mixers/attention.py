@@ -11,7 +11,7 @@ from flax import nnx
 from lcx.layers.initializers import Normal
 from lcx.mixers.base import Aux, Context, ModelDims, State
 from lcx.mixers.heads import KEY, QUERY, TAIL, TOKEN, GroupedHeads, HeadOptions, visible_pairs
-from lcx.mixers.sinks import SinkKeys, add_sinks
+from lcx.mixers.sinks import add_sinks, find_sinks, hidden_sinks
 from lcx.parallel.sequence import halo
 from lcx.params import param
 from lcx.schema import limited
@@ -70,27 +70,34 @@ class Attention(GroupedHeads):
     ) -> tuple[jax.Array, State]:
         """The keys before the chunk are a halo of window - 1 tokens, whether they come from a state or a neighbour."""
         window, backend, count = self.options.window, self.options.backend, self.options.sink_tokens
-        past = state or dict.fromkeys(("key", "value", "sink_key", "sink_value"))
+        past = state or {}
 
         def local(query, far_query, key, value, positions, lookback, sinks, key_tail, value_tail, sink_key, sink_value):
-            first = SinkKeys.find(key, value, sink_key, sink_value, positions, count) if count else None
-            key, key_tail = halo(key, key_tail, window - 1)
-            value, value_tail = halo(value, value_tail, window - 1)
-            offset = key.shape[1] - query.shape[1]
+            keys, key_tail = halo(key, key_tail, window - 1)
+            values, value_tail = halo(value, value_tail, window - 1)
             out, log_sum_exp = attention(
-                query, key, value, window=window, lookback=lookback, offset=offset, backend=backend
+                query,
+                keys,
+                values,
+                window=window,
+                lookback=lookback,
+                offset=keys.shape[1] - query.shape[1],
+                backend=backend,
             )
-            if first is not None:
-                distance = positions[:, :, None] - jnp.arange(count, dtype=jnp.int32)
-                seen = (distance >= window) & (distance <= lookback[:, :, None])
+            held = ()
+            if count:
+                first, held = find_sinks(key, value, sink_key, sink_value, positions)
+                seen = hidden_sinks(positions, lookback, window, count)
                 out, log_sum_exp = add_sinks(out, log_sum_exp, far_query, first, seen)
             if sinks is not None:
-                out = (out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]).astype(query.dtype)
-            return (out, key_tail, value_tail) + (() if first is None else (first.last_key, first.last_value))
+                out = out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]
+            return (out.astype(query.dtype), key_tail, value_tail, *held)
 
         # A sink stands where the rolling cache has it: never farther than the cache is long.
         nearest = jnp.minimum(context.positions, count + window - 1)
         tail, kept = ((query.shape[0], held, *self.kv_shape) for held in (window - 1, count))
+        no_sinks = jnp.zeros(kept, key.dtype) if count else None
+        sink_past = lambda name: past.get(name, no_sinks)  # noqa: E731
         results = context.shard.kernel(
             local,
             dict(
@@ -101,10 +108,10 @@ class Attention(GroupedHeads):
                 positions=context.positions,
                 lookback=context.lookback,
                 sinks=self._sinks(),
-                key_tail=past["key"],
-                value_tail=past["value"],
-                sink_key=past.get("sink_key"),
-                sink_value=past.get("sink_value"),
+                key_tail=past.get("key"),
+                value_tail=past.get("value"),
+                sink_key=sink_past("sink_key"),
+                sink_value=sink_past("sink_value"),
             ),
             dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, sinks=("heads",))
             | dict(key_tail=TAIL, value_tail=TAIL, sink_key=TAIL, sink_value=TAIL),

@@ -96,15 +96,10 @@ def test_a_token_does_not_find_its_own_segment_in_the_memory(x):
 
 
 def test_gates_declare_their_own_rate_and_no_decay():
-    mixer = MIXERS["infini"]
-    abstract = nnx.eval_shape(lambda: mixer(mixer.Options(**OPTIONS), DIMS, nnx.Rngs(0)))
-    assert declarations(abstract)["gate"] == Declaration(("heads",), decay=False, learning_rate=0.01, absolute=True)
-    assert np.all(np.asarray(make_unspread()["gate"]) == 0)
-
-
-def make_unspread():
-    mixer = MIXERS["infini"]
-    return create(lambda: mixer(mixer.Options(**OPTIONS), DIMS, nnx.Rngs(0)))[1]
+    mixer, dims = MIXERS["infini"], ModelDims(D, sublayers=2)
+    module = mixer(mixer.Options(**OPTIONS), dims, nnx.Rngs(0))
+    assert declarations(module)["gate"] == Declaration(("heads",), decay=False, learning_rate=0.01, absolute=True)
+    assert np.all(np.asarray(module.gate[...]) == 0)
 
 
 def test_gates_and_memory_norms_are_reported(x):

@@ -76,14 +76,25 @@ def test_a_zero_logit_is_one_more_key_of_zeros(window, x, positions):
     np.testing.assert_allclose(found, np.concatenate(pieces, axis=1), atol=1e-12)
 
 
+def declared(**options) -> dict:
+    mixer, dims = MIXERS["attention"], ModelDims(D, sublayers=2)
+    return declarations(nnx.eval_shape(lambda: mixer(mixer.Options(num_heads=HEADS, **options), dims, nnx.Rngs(0))))
+
+
 def test_the_logit_is_trained_and_declares_itself():
-    mixer = MIXERS["attention"]
-    options = mixer.Options(num_heads=HEADS, sink="logit")
-    abstract = nnx.eval_shape(lambda: mixer(options, DIMS, nnx.Rngs(0)))
-    assert declarations(abstract)["sink_logit"] == Declaration(("heads",), decay=False)
-    for other in (None, "zero"):
-        abstract = nnx.eval_shape(lambda: mixer(mixer.Options(num_heads=HEADS, sink=other), DIMS, nnx.Rngs(0)))  # noqa: B023
-        assert "sink_logit" not in declarations(abstract)
+    assert declared(sink="logit")["sink_logit"] == Declaration(("heads",), decay=False)
+    assert "sink_logit" not in declared() and "sink_logit" not in declared(sink="zero")
+
+
+@pytest.mark.parametrize("sink", [None, "logit"])
+def test_half_precision_goes_in_and_out(sink):
+    """Sums and statistics are float32 inside; what leaves the mixer, its state included, is bfloat16."""
+    mixer, dims = MIXERS["attention"], ModelDims(D, sublayers=2, compute_dtype=jnp.bfloat16)
+    module = mixer(mixer.Options(num_heads=HEADS, window=3, sink_tokens=1, sink=sink), dims, nnx.Rngs(0))
+    heads = []
+    module.output = lambda out: heads.append(out.dtype) or out.reshape(*out.shape[:2], -1)
+    y, state, _ = run(*nnx.split(module), jnp.ones((1, 9, D), jnp.bfloat16), np.arange(9, dtype=np.int32)[None])
+    assert {y.dtype, *heads, *(leaf.dtype for leaf in state.values())} == {jnp.dtype("bfloat16")}
 
 
 def test_decoding_far_beyond_the_window_keeps_its_sinks(x):
