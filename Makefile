@@ -15,7 +15,7 @@ test: .venv/installed-test  ## the tests that take seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -m "slow and not parity"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
 
 parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
 	$(BIN)/pytest -m parity tests/parity

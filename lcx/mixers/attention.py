@@ -39,9 +39,8 @@ class Attention(GroupedHeads):
 
     Options = AttentionOptions
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "full": {"num_heads": 4, "num_kv_heads": 2},
+        "full": {"num_heads": 4, "num_kv_heads": 2, "sink": "logit"},
         "window": {"num_heads": 4, "num_kv_heads": 1, "window": 5, "qk_norm": True},
-        "sink_logit": {"num_heads": 4, "num_kv_heads": 2, "sink": "logit"},
         "sink_tokens": {"num_heads": 4, "num_kv_heads": 2, "window": 4, "sink_tokens": 2, "sink": "zero"},
     }
 

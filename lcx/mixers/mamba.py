@@ -47,7 +47,6 @@ class Mamba(Mixer):
 
     Options = MambaOptions
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {"state_size": 4, "chunk_size": 4},
         "normed": {"state_size": 4, "chunk_size": 4, "dt_B_C_norm": True},
     }
 

@@ -15,9 +15,11 @@ TIME = 16
 LENGTHS = (1, 2, 3, 7, 16)  # of chunks and of documents; each is one compiled function
 ROWS = 4
 USER_MIXER = "examples.moving_average:MovingAverage"
-FAMILIES = ("transformer", "mamba", "samba", "infini", "sink", "sink:form=token,window=5")
-# Patterns of the same mixers: in `make drills`.
+FAMILIES = ("transformer", "mamba", "samba", "infini")
+# The same mixers and patterns with other options: in `make drills`.
 ABLATIONS = (
+    "sink",
+    "sink:form=token,window=5",
     "infini:update=segment_delta",
     "sink:form=zero,window=5",
     "samba:pattern=mamba-swa-mlp",
