@@ -6,16 +6,19 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills clean
+.PHONY: quickstart test lint format drills parity clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-test  ## the tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
+
+parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
+	$(BIN)/pytest -m parity tests/parity
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -37,6 +40,12 @@ clean:  ## what was built; .venv and runs stay
 	@echo "installing lcx and its test tools into .venv (some minutes the first time)"
 	$(INSTALL) --editable '.[test]'
 	@touch .venv/installed $@
+
+# PyTorch's build for CPUs is enough; pip's own settings say which one is found.
+.venv/installed-parity: $(RECIPE) | .venv/bin/python
+	@echo "installing lcx, its test tools, PyTorch and transformers into .venv (some minutes the first time)"
+	$(INSTALL) --editable '.[test,parity]'
+	@touch .venv/installed .venv/installed-test $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

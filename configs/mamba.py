@@ -5,13 +5,14 @@
         --config.data.sources[0].path=pile/ --config.data.tokenizer=gpt-neox.json
 
 Options: size (below; tiny if left out) and sequence_length. A published size keeps its tokens per step at any
-sequence_length, so that its learning rate and steps stay what they are.
+sequence_length.
 """
 
 import math
 
 from ml_collections import ConfigDict
 
+from lcx import recipes
 from lcx.config import choose, default_config, parse_options
 
 # 130m ... 2.8b: state-spaces/mamba, the checkpoints trained on 300e9 tokens of the Pile; the vocabulary of GPT-NeoX
@@ -39,13 +40,13 @@ SIZES = {
     "1.8b": dict(layers=64, d_model=2048, vocab_size=50_304),
 }
 
-# Rows of 2048 tokens; half a million tokens a step, a million from 1.4b on; five times GPT-3's learning rate.
+# Tokens a step, in rows of 2048, and five times GPT-3's learning rate.
 PILE_RECIPES = {
-    "130m": dict(batch_size=256, learning_rate=3e-3),
-    "370m": dict(batch_size=256, learning_rate=1.5e-3),
-    "790m": dict(batch_size=256, learning_rate=1.25e-3),
-    "1.4b": dict(batch_size=512, learning_rate=1e-3),
-    "2.8b": dict(batch_size=512, learning_rate=8e-4),
+    "130m": (2**19, 3e-3),
+    "370m": (2**19, 1.5e-3),
+    "790m": (2**19, 1.25e-3),
+    "1.4b": (2**20, 1e-3),
+    "2.8b": (2**20, 8e-4),
 }
 # Rows of 4096 tokens. The schedule of the Phi-2 run is not published; SlimPajama's stands in for it.
 SAMBA_RECIPES = {
@@ -70,44 +71,11 @@ def get_config(arg: str = "") -> ConfigDict:
     model.vocab_size = size["vocab_size"]
 
     if options["size"] in PILE_RECIPES:
-        pile_training(config, options["sequence_length"] or 2048, **PILE_RECIPES[options["size"]])
+        tokens_per_step, learning_rate = PILE_RECIPES[options["size"]]
+        steps = math.ceil(300e9 / tokens_per_step)
+        recipes.gpt3_like(config, options["sequence_length"] or 2048, tokens_per_step, steps, learning_rate)
     elif options["size"] in SAMBA_RECIPES:
-        samba_training(config, options["sequence_length"] or 4096, **SAMBA_RECIPES[options["size"]])
+        recipes.slimpajama(config, options["sequence_length"] or 4096, **SAMBA_RECIPES[options["size"]])
     else:
-        tiny_training(config, options["sequence_length"] or 512)
+        recipes.tiny(config, options["sequence_length"] or 512)
     return config
-
-
-def tiny_training(config: ConfigDict, sequence_length: int) -> None:
-    """A minute on two CPU cores."""
-    config.train.update(steps=200, batch_size=8, sequence_length=sequence_length)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=20)
-    config.checkpoint.every = 50
-
-
-def pile_training(config: ConfigDict, sequence_length: int, batch_size: int, learning_rate: float) -> None:
-    """AdamW, cosine to 1e-5. The length of the warm-up is not published: GPT-3's 375 million tokens stand in for it."""
-    tokens_per_step = batch_size * 2048
-    _published(config, sequence_length, tokens_per_step, steps=math.ceil(300e9 / tokens_per_step))
-    config.optimizer.update(
-        learning_rate=learning_rate, warmup_steps=round(375e6 / tokens_per_step), final_ratio=1e-5 / learning_rate
-    )
-
-
-def samba_training(
-    config: ConfigDict, sequence_length: int, tokens: float, batch_size: int, learning_rate: float
-) -> None:
-    """AdamW that decays every parameter, cosine to a tenth, a warm-up of 1% of the tokens."""
-    tokens_per_step = batch_size * 4096
-    steps = math.ceil(tokens / tokens_per_step)
-    _published(config, sequence_length, tokens_per_step, steps)
-    config.optimizer.update(
-        learning_rate=learning_rate, warmup_steps=steps // 100, final_ratio=0.1, weight_decay=0.1, decay_all=True
-    )
-
-
-def _published(config: ConfigDict, sequence_length: int, tokens_per_step: int, steps: int) -> None:
-    config.train.update(
-        steps=steps, batch_size=max(1, tokens_per_step // sequence_length), sequence_length=sequence_length
-    )
-    config.model.remat = {name: "full" for name in config.model.mixers}

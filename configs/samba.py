@@ -4,15 +4,19 @@
     python scripts/train.py --config=configs/samba.py:size=421m --workdir=runs/samba-421m \
         --config.data.sources[0].path=slimpajama/ --config.data.tokenizer=llama-2.json
 
-Options: size (below; tiny if left out) and sequence_length. A published size keeps its tokens per step at any
-sequence_length, so that its learning rate and steps stay what they are.
-"""
+Options: size (below; tiny if left out), sequence_length, and the ablations of the paper:
 
-import math
+    pattern=mamba-swa-mlp           one of PATTERNS below
+    full_attention=1+5              Mamba and MLPs, with full attention for Mamba in the blocks 1 and 5, counted from 0
+
+A published size keeps its tokens per step at any sequence_length.
+"""
 
 from ml_collections import ConfigDict
 
+from lcx import recipes
 from lcx.config import choose, default_config, parse_options
+from lcx.errors import UserError
 
 # Table 12 of the paper and microsoft/Samba, lit_gpt/config.py. Layers there are residual sublayers, four a period.
 # Trained on SlimPajama (421m, 1.3b), the Phi-2 data (1.7b), the first phase of the Phi-3 data (3.8b). The schedule of
@@ -40,53 +44,78 @@ RECIPES = {
 }
 
 
+# The layers of one period; a variant has the sublayers of its size, but for those of PERIODS.
+PATTERNS = {
+    "samba": "mamba mlp swa mlp",
+    "mamba-swa-mlp": "mamba swa mlp",
+    "mamba-mlp": "mamba mlp",
+    "swa-mlp": "swa mlp",
+    "nope": "mamba mlp swa mlp",  # SAMBA without positions
+    "two-windows": "mamba mlp swa mlp mamba mlp wide mlp",  # every second window is four times as wide
+}
+PERIODS = {("tiny", "mamba-swa-mlp"): 3, ("1.7b", "mamba-swa-mlp"): 18}  # the second is published, as 1.6B
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The config of one size; `arg` is "size=421m,sequence_length=32768" or a part of it."""
-    options = parse_options(arg, size="tiny", sequence_length=int)
+    options = parse_options(arg, size="tiny", sequence_length=int, pattern="samba", full_attention="")
     size = choose("size", options["size"], SIZES)
+    pattern = choose("pattern", options["pattern"], PATTERNS)
 
     config = default_config()
     model = config.model
     model.family = "samba"
-    model.pattern = "mamba mlp swa mlp"
-    model.mixers = {
-        "mamba": {"type": "mamba"},
-        "mlp": {"type": "mlp", "d_ff": size["d_ff"]},
-        "swa": {
-            "type": "attention",
-            "num_heads": size["heads"],
-            "num_kv_heads": size["kv_heads"],
-            "window": size["window"],
-        },
-    }
-    model.periods = size["periods"]
+    model.pattern = pattern
+    model.periods = repeats(options["size"], options["pattern"])
+    if options["full_attention"]:
+        model.pattern, model.periods = with_full_attention(options, 2 * size["periods"]), 1
+    model.mixers = {name: record for name, record in mixers(size).items() if name in model.pattern.split()}
+    if options["pattern"] == "nope":
+        model.mixers.swa.rope_base = None
     model.d_model = size["d_model"]
     model.vocab_size = size["vocab_size"]
 
     if options["size"] == "tiny":
-        tiny_training(config, options["sequence_length"] or 512)
+        recipes.tiny(config, options["sequence_length"] or 512)
     else:
-        published_training(config, options["sequence_length"] or 4096, **RECIPES[options["size"]])
+        recipes.slimpajama(config, options["sequence_length"] or 4096, **RECIPES[options["size"]])
     return config
 
 
-def tiny_training(config: ConfigDict, sequence_length: int) -> None:
-    """A minute on two CPU cores."""
-    config.train.update(steps=200, batch_size=8, sequence_length=sequence_length)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=20)
-    config.checkpoint.every = 50
+def mixers(size: dict) -> dict[str, dict]:
+    """The mixers that the patterns name."""
+    heads = {"type": "attention", "num_heads": size["heads"], "num_kv_heads": size["kv_heads"]}
+    return {
+        "mamba": {"type": "mamba"},
+        "mlp": {"type": "mlp", "d_ff": size["d_ff"]},
+        "swa": heads | {"window": size["window"]},
+        "wide": heads | {"window": 4 * size["window"]},
+        "attention": heads,
+    }
 
 
-def published_training(
-    config: ConfigDict, sequence_length: int, tokens: float, batch_size: int, learning_rate: float
-) -> None:
-    """The paper's run: AdamW that decays every parameter, cosine to a tenth, a warm-up of 1% of the tokens."""
-    tokens_per_step = batch_size * 4096
-    steps = math.ceil(tokens / tokens_per_step)
-    config.train.update(
-        steps=steps, batch_size=max(1, tokens_per_step // sequence_length), sequence_length=sequence_length
-    )
-    config.optimizer.update(
-        learning_rate=learning_rate, warmup_steps=steps // 100, final_ratio=0.1, weight_decay=0.1, decay_all=True
-    )
-    config.model.remat = {name: "full" for name in config.model.mixers}
+def repeats(size: str, pattern: str) -> int:
+    """How often a pattern is repeated in a size. Raises UserError where that gives no whole number."""
+    sublayers, layers = 4 * SIZES[size]["periods"], len(PATTERNS[pattern].split())
+    if (size, pattern) in PERIODS:
+        return PERIODS[size, pattern]
+    if sublayers % layers:
+        raise UserError(
+            f"pattern={pattern} has {layers} layers, which do not divide the {sublayers} of size={size}; "
+            "choose another size, or set model.pattern and model.periods."
+        )
+    return sublayers // layers
+
+
+def with_full_attention(options: dict, blocks: int) -> str:
+    """A whole model of Mamba and MLP blocks, with full attention for Mamba in the blocks that the option names."""
+    try:
+        chosen = {int(block) for block in options["full_attention"].split("+")}
+    except ValueError:
+        chosen = {-1}
+    if not chosen <= set(range(blocks)) or options["pattern"] not in ("samba", "mamba-mlp"):
+        raise UserError(
+            f"full_attention={options['full_attention']}: write blocks from 0 to {blocks - 1} with + between them, "
+            "and no other pattern than mamba-mlp."
+        )
+    return " ".join("attention mlp" if block in chosen else "mamba mlp" for block in range(blocks))

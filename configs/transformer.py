@@ -4,14 +4,13 @@
     python scripts/train.py --config=configs/transformer.py:size=1.3b --workdir=runs/transformer-1.3b \
         --config.data.sources[0].path=slimpajama/ --config.data.tokenizer=llama-2.json
 
-Options: size (below; tiny if left out) and sequence_length. A published size keeps its tokens per step at any
-sequence_length, so that its learning rate and steps stay what they are.
+Options: size (below; tiny if left out), sequence_length and window (size=438m,window=2048 and size=1.3b,window=2048 are
+Llama-2-SWA of the SAMBA paper). A published size keeps its tokens per step at any sequence_length.
 """
-
-import math
 
 from ml_collections import ConfigDict
 
+from lcx import recipes
 from lcx.config import choose, default_config, parse_options
 
 # 438m, 1.3b: LLaMA_438M and LLaMA_1.3B of microsoft/Samba, lit_gpt/config.py; the second has the tied embedding and
@@ -61,7 +60,7 @@ SCALING_LAW_RECIPES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of one size; `arg` is "size=1.3b,sequence_length=8192" or a part of it."""
-    options = parse_options(arg, size="tiny", sequence_length=int)
+    options = parse_options(arg, size="tiny", sequence_length=int, window=int)
     size = choose("size", options["size"], SIZES)
 
     config = default_config()
@@ -73,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "type": "attention",
             "num_heads": size["heads"],
             "num_kv_heads": size.get("kv_heads"),
-            "window": size.get("window"),
+            "window": options["window"] or size.get("window"),
         },
         "mlp": {"type": "mlp", "d_ff": size["d_ff"]},
     }
@@ -84,44 +83,10 @@ def get_config(arg: str = "") -> ConfigDict:
     model.init = size.get("init", "fan_in")
 
     if options["size"] in SAMBA_RECIPES:
-        samba_training(config, options["sequence_length"] or 4096, **SAMBA_RECIPES[options["size"]])
+        recipes.slimpajama(config, options["sequence_length"] or 4096, **SAMBA_RECIPES[options["size"]])
     elif options["size"] in SCALING_LAW_RECIPES:
-        scaling_law_training(config, options["sequence_length"] or 2048, **SCALING_LAW_RECIPES[options["size"]])
+        recipe = SCALING_LAW_RECIPES[options["size"]]
+        recipes.gpt3_like(config, options["sequence_length"] or 2048, tokens_per_step=2**19, **recipe)
     else:
-        tiny_training(config, options["sequence_length"] or 512)
+        recipes.tiny(config, options["sequence_length"] or 512)
     return config
-
-
-def tiny_training(config: ConfigDict, sequence_length: int) -> None:
-    """A minute on two CPU cores."""
-    config.train.update(steps=200, batch_size=8, sequence_length=sequence_length)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=20)
-    config.checkpoint.every = 50
-
-
-def samba_training(
-    config: ConfigDict, sequence_length: int, tokens: float, batch_size: int, learning_rate: float
-) -> None:
-    """AdamW that decays every parameter, cosine to a tenth, a warm-up of 1% of the tokens."""
-    tokens_per_step = batch_size * 4096
-    steps = math.ceil(tokens / tokens_per_step)
-    _published(config, sequence_length, tokens_per_step, steps)
-    config.optimizer.update(
-        learning_rate=learning_rate, warmup_steps=steps // 100, final_ratio=0.1, weight_decay=0.1, decay_all=True
-    )
-
-
-def scaling_law_training(config: ConfigDict, sequence_length: int, steps: int, learning_rate: float) -> None:
-    """AdamW, cosine to 1e-5. The length of the warm-up is not published: GPT-3's 375 million tokens stand in for it."""
-    tokens_per_step = 2**19
-    _published(config, sequence_length, tokens_per_step, steps)
-    config.optimizer.update(
-        learning_rate=learning_rate, warmup_steps=round(375e6 / tokens_per_step), final_ratio=1e-5 / learning_rate
-    )
-
-
-def _published(config: ConfigDict, sequence_length: int, tokens_per_step: int, steps: int) -> None:
-    config.train.update(
-        steps=steps, batch_size=max(1, tokens_per_step // sequence_length), sequence_length=sequence_length
-    )
-    config.model.remat = {name: "full" for name in config.model.mixers}

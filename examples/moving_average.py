@@ -5,7 +5,7 @@
         --config.model.mixers.average.type=examples.moving_average:MovingAverage
 
 Three things make it a mixer of lcx: an Options dataclass, a call that takes a state and returns the next one, and an
-empty state. The laws in tests/laws run on its `examples` like on every mixer of the package.
+empty state; `flops` is for reports. The laws in tests/laws run on its `examples` like on every mixer of the package.
 """
 
 from collections.abc import Mapping
@@ -58,3 +58,7 @@ class MovingAverage(Mixer):
     def init_state(self, batch_size: int, max_length: int) -> dict[str, jax.Array]:
         del max_length
         return {"average": jnp.zeros((batch_size, self.dims.d_model), self.dims.state_dtype)}
+
+    def flops(self, tokens: int) -> int:
+        """Optional, for reports: the average's two products and a sum for each channel, and the matrix."""
+        return (3 * self.dims.d_model + self.out.flops()) * tokens

@@ -78,6 +78,9 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(name="python", path="stdlib"),)
     tokenizer: str = "bytes"  # "bytes" (256 tokens), or the path of a tokenizers JSON file
+    # A token that every document begins with, and every row that goes on with one: a trained attention sink. It is
+    # never predicted. A special token of the tokenizer, or a number above all of its tokens. None: there is none.
+    start_token: int | None = limited(None, minimum=0)
     packing: Literal["concatenate"] = "concatenate"  # documents end to end, cut into rows
     workers: int = limited(2, minimum=0)  # threads that read ahead; 0 reads in line
     seed: int = limited(0, minimum=0, maximum=SEED_LIMIT)  # of shuffling

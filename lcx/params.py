@@ -71,6 +71,11 @@ def create(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
     return graphdef, jax.jit(lambda: split(make())[1])()
 
 
+def count_parameters(params: dict) -> int:
+    """The number of parameters, summed over the leaves: arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def declarations(module: nnx.Module) -> dict:
     """The `Declaration` of each parameter, in the structure that `split` gives."""
     state = nnx.state(module, nnx.Param)

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 BOTTOM = {"errors", "schema", "config", "files"}
 BELOW_MODELS = BOTTOM | {"lcx_kernels", "parallel", "params", "layers", "mixers"}
 
-# The room: what it may import of ours. Laws, training and evaluation never import each other; only cli imports data.
+# The room: what it may import of ours. Laws, training, evaluation and planning never import each other; only cli
+# imports data.
 MAY_IMPORT = {
     "lcx_kernels": set(),
     "errors": set(),
@@ -27,10 +28,12 @@ MAY_IMPORT = {
     "laws": BELOW_MODELS | {"models"},
     "training": BELOW_MODELS | {"models"},
     "evaluation": BELOW_MODELS | {"models"},
-    "cli": BELOW_MODELS | {"models", "laws", "training", "evaluation", "data", "__init__"},
+    "planning": BELOW_MODELS | {"models"},
+    "cli": BELOW_MODELS | {"models", "laws", "training", "evaluation", "planning", "data", "__init__"},
     "__init__": set(),
     "scripts": {"cli"},
-    "configs": {"config"},
+    "recipes": set(),
+    "configs": {"errors", "config", "recipes"},
 }
 # The rooms that stay light, and all that they may import of others.
 MAY_INSTALL = {
@@ -38,6 +41,7 @@ MAY_INSTALL = {
     "errors": set(),
     "schema": set(),
     "config": {"ml_collections"},
+    "recipes": {"ml_collections"},
     "configs": {"ml_collections"},
     "scripts": set(),
     "__init__": set(),

@@ -30,4 +30,4 @@ def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
     _, tree = found
-    return plan.model(tree["params"]), load_tokenizer(config.data.tokenizer)
+    return plan.model(tree["params"]), load_tokenizer(config.data.tokenizer, config.data.start_token)

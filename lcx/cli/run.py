@@ -14,10 +14,11 @@ from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
 from lcx.evaluation.report import plot_loss
 from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
+from lcx.params import count_parameters
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import run_interruptible
 from lcx.training.telemetry import Telemetry
-from lcx.training.train_state import TrainState, count_parameters
+from lcx.training.train_state import TrainState
 from lcx.training.trainer import Program, fit, make_program
 from lcx.training.workdir import Workdir, open_workdir
 
@@ -95,7 +96,8 @@ def finish(
     result: dict[str, Any] = {"step": int(state.step), "parameters": count_parameters(program.blueprint.shapes)}
     scored = data.heldout_documents(config, config.evaluation.max_rows)
     baselines = {}
-    if len(scored):
+    anything = scored.tokens.size > len(scored)  # a document's first token is not predicted
+    if anything:
         print(f"scoring {scored.tokens.size:,} held-out tokens", flush=True)
         score = heldout.score(state.params)
         result |= {"loss": score.loss, "bits_per_token": score.bits_per_token, "tokens": score.tokens}
@@ -103,14 +105,15 @@ def finish(
         print(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
     else:
         print("nothing of this corpus is held out, so there is no held-out loss")
-    if len(scored) and scored.tokens.dtype == np.uint8 and config.data.tokenizer == "bytes":
-        train = corpus.train
-        bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets)
+    if anything and config.data.tokenizer == "bytes":
+        train, start = corpus.train, config.data.start_token
+        bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets, start)
         baselines["byte bigram"] = result["bigram_bits_per_token"] = bigram
         print(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
-        print(f" (the model is {bigram - result['bits_per_token']:.3f} below)")
+        lead = bigram - result["bits_per_token"]
+        print(f" (the model is {abs(lead):.3f} {'below' if lead >= 0 else 'above'})")
     write_json(folder.evaluation / "heldout.json", result)
-    points = {result["step"]: result["bits_per_token"]} if len(scored) else {}
+    points = {result["step"]: result["bits_per_token"]} if anything else {}
     plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
     print(f"loss curve: {folder.evaluation / 'heldout.png'}")
     show_sample(program, folder, state, scored if len(scored) else corpus.train)
@@ -119,7 +122,7 @@ def finish(
 
 def show_sample(program: Program, folder: Workdir, state: TrainState, documents: data.Documents) -> None:
     """Prints and writes what the model makes of the first tokens of a document."""
-    tokenizer = data.load_tokenizer(program.config.data.tokenizer)
+    tokenizer = data.load_tokenizer(program.config.data.tokenizer, program.config.data.start_token)
     prompt = documents.tokens[: documents.offsets[1]][:PROMPT].astype(np.int32)
     model = program.blueprint.model(state.params)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lcx.config import Config
-from lcx.data.packing import Slots, cut_places, make_batch, permute_rows, read_slots, read_stream
+from lcx.data.packing import Slots, cut_places, make_batch, permute_rows, read_slots, read_stream, row_stride
 from lcx.data.sources import Corpus, Documents, load_corpus
 from lcx.data.tokenizers import load_tokenizer
 from lcx.errors import UserError
@@ -28,10 +28,10 @@ def batch(config: Config | Mapping, data_index: int, rows: Sequence[int] | None 
     documents = training_corpus(config).train
     wanted = np.arange(config.train.batch_size) if rows is None else np.asarray(rows, np.int64)
     row_index = data_index * config.train.batch_size + wanted
-    length, seed = config.train.sequence_length, config.data.seed
-    places = cut_places(permute_rows(row_index, documents.tokens.size, length, seed), length)
+    length, stride, seed = config.train.sequence_length, _stride(config), config.data.seed
+    places = cut_places(permute_rows(row_index, documents.tokens.size, stride, seed), length, stride)
     tokens, first = read_stream(documents, seed, places)
-    return make_batch(tokens, first, np.zeros_like(first), row_index)
+    return make_batch(tokens, first, np.zeros_like(first), row_index, config.data.start_token)
 
 
 def _as_config(config: Config | Mapping) -> Config:
@@ -39,20 +39,28 @@ def _as_config(config: Config | Mapping) -> Config:
     return config if isinstance(config, Config) else Config.from_dict(config)
 
 
+def _stride(config: Config) -> int:
+    return row_stride(config.train.sequence_length, config.data.start_token)
+
+
 def training_corpus(config: Config) -> Corpus:
-    """The corpus, once it is clear that the model has an embedding for each of its tokens."""
-    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    """The corpus, once it is clear that the model has an embedding for each of its tokens, and a row room for two."""
+    data, start = config.data, config.data.start_token
+    vocab_size = load_tokenizer(data.tokenizer, start).vocab_size
     if vocab_size > config.model.vocab_size:
+        extra = "" if start is None else f" with data.start_token={start}"
         raise UserError(
-            f'model.vocab_size is {config.model.vocab_size}, but the tokenizer "{config.data.tokenizer}" '
+            f'model.vocab_size is {config.model.vocab_size}, but the tokenizer "{data.tokenizer}"{extra} '
             f"has {vocab_size} tokens: set it to at least that."
         )
-    return load_corpus(config.data)
+    if not _stride(config):
+        raise UserError(f"train.sequence_length must be at least 2 with data.start_token={start}, which takes a place.")
+    return load_corpus(data)
 
 
-def heldout_rows(documents: Documents, length: int, max_rows: int = 0) -> np.ndarray:
+def heldout_rows(documents: Documents, stride: int, max_rows: int = 0) -> np.ndarray:
     """The rows of the held-out documents that are scored, int64: all, or max_rows of them at equal distances."""
-    count = max(0, -(-(documents.tokens.size - 1) // length))
+    count = max(0, -(-(documents.tokens.size - 1) // stride))
     chosen = count if not max_rows else min(count, max_rows)
     return np.arange(chosen) * count // max(chosen, 1)
 
@@ -63,13 +71,13 @@ def heldout_documents(config: Config | Mapping, max_rows: int = 0) -> Documents:
     A yardstick that scores these documents, each one's first token left out, scores the same tokens.
     """
     config = _as_config(config)
-    heldout, length = training_corpus(config).heldout, config.train.sequence_length
-    rows = heldout_rows(heldout, length, max_rows)
-    if np.array_equal(rows, heldout_rows(heldout, length)):
+    heldout, stride = training_corpus(config).heldout, _stride(config)
+    rows = heldout_rows(heldout, stride, max_rows)
+    if np.array_equal(rows, heldout_rows(heldout, stride)):
         return heldout
     pieces, names = [], []
-    for start in rows * length:
-        stop = min(start + length + 1, heldout.tokens.size)
+    for start in rows * stride:
+        stop = min(start + stride + 1, heldout.tokens.size)
         first, last = np.searchsorted(heldout.offsets, [start, stop], side="right")
         borders = [start, *heldout.offsets[first:last].tolist(), stop]
         spans = [(a, b) for a, b in itertools.pairwise(borders) if a < b]
@@ -87,16 +95,18 @@ def heldout_batches(config: Config | Mapping, max_rows: int = 0) -> Iterator[Bat
     """
     config = _as_config(config)
     documents = training_corpus(config).heldout
-    length, batch_size, total = config.train.sequence_length, config.train.batch_size, documents.tokens.size
+    length, stride, batch_size = config.train.sequence_length, _stride(config), config.train.batch_size
+    total = documents.tokens.size
     unshuffled = Slots(np.arange(len(documents)), documents.offsets[:-1])
-    rows = heldout_rows(documents, length, max_rows)
-    beyond = -(-total // length) + np.arange(-len(rows) % batch_size)  # rows of padding that fill the last batch
+    rows = heldout_rows(documents, stride, max_rows)
+    beyond = -(-total // stride) + np.arange(-len(rows) % batch_size)  # rows of padding that fill the last batch
     for row_index in np.concatenate([rows, beyond]).reshape(-1, batch_size):
-        places = cut_places(row_index, length)
+        places = cut_places(row_index, length, stride)
         tokens, first = read_slots(documents, unshuffled, np.minimum(places, total - 1))
         padding = places >= total
         first = np.where(padding, places == total, first)
-        yield make_batch(np.where(padding, 0, tokens).astype(np.int32), first, padding, row_index)
+        tokens = np.where(padding, 0, tokens).astype(np.int32)
+        yield make_batch(tokens, first, padding, row_index, config.data.start_token)
 
 
 def read_ahead(config: Config | Mapping, start_index: int = 0) -> Iterator[tuple[int, Batch]]:

@@ -27,7 +27,8 @@ class Documents:
     tokens: np.ndarray
     """All tokens [total]: uint8 for bytes, uint16 or int32 for larger vocabularies."""
     offsets: np.ndarray
-    """int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]], never empty."""
+    """int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]], never empty; where there is a start
+    token, that and at least one more."""
     names: tuple[str, ...]
     """A path relative to its source, or `path:line` for JSONL."""
 
@@ -55,12 +56,12 @@ def load_corpus(data: DataConfig) -> Corpus:
     Raises UserError: unknown format or tokenizer, weight other than 1, missing or unreadable file, bad JSONL, nothing
     to train on.
     """
-    return _load(data.sources, data.tokenizer)  # the seed and the number of threads do not matter here
+    return _load(data.sources, data.tokenizer, data.start_token)  # nothing else matters here
 
 
 @functools.lru_cache(maxsize=2)
-def _load(sources: tuple[SourceConfig, ...], tokenizer_name: str) -> Corpus:
-    tokenizer = load_tokenizer(tokenizer_name)
+def _load(sources: tuple[SourceConfig, ...], tokenizer_name: str, start_token: int | None) -> Corpus:
+    tokenizer = load_tokenizer(tokenizer_name, start_token)
     train, heldout = [], []
     fingerprint = hashlib.sha256(tokenizer.fingerprint.encode())
     for source in sources:
@@ -88,7 +89,8 @@ def _name_digest(name: str) -> bytes:
 
 
 def _tokenize(records: list[tuple[str, bytes, bytes]], tokenizer: Tokenizer, seen: set[bytes]) -> Documents:
-    """Documents of the records whose digest was not seen before; adds theirs to `seen`."""
+    """Documents of the records whose digest was not seen before; adds theirs to `seen`. Text without tokens is none."""
+    added = 0 if tokenizer.start_token is None else 1
     dtype = np.uint8 if tokenizer.vocab_size <= 2**8 else np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     names, pieces = [], []
     for name, content, digest in records:
@@ -96,7 +98,7 @@ def _tokenize(records: list[tuple[str, bytes, bytes]], tokenizer: Tokenizer, see
             continue
         seen.add(digest)
         tokens = tokenizer.encode(content).astype(dtype)
-        if tokens.size:
+        if tokens.size > added:
             names.append(name)
             pieces.append(tokens)
     offsets = np.cumsum([0, *(piece.size for piece in pieces)], dtype=np.int64)

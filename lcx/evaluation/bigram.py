@@ -4,6 +4,8 @@
 
 The weights come from documents that the counts have not seen (Jelinek and Mercer, 1980): counts on 95% of the
 training documents, weights by expectation maximisation on the other 5%, then counts on all of them.
+
+A start token, where documents have one, is one more thing that can be previous, and never what is next.
 """
 
 import numpy as np
@@ -16,40 +18,57 @@ CHUNK = 1 << 22
 
 
 def bigram_bits_per_byte(
-    train_tokens: np.ndarray, train_offsets: np.ndarray, heldout_tokens: np.ndarray, heldout_offsets: np.ndarray
+    train_tokens: np.ndarray,
+    train_offsets: np.ndarray,
+    heldout_tokens: np.ndarray,
+    heldout_offsets: np.ndarray,
+    start_token: int | None = None,
 ) -> float:
-    """Bits per byte of the held-out documents, each byte scored once but a document's first, which has no previous one.
+    """Bits per byte of the held-out documents: each token once but a document's first, which has no previous one.
 
-    Args: tokens, uint8 [bytes], documents end to end; offsets, integers [documents + 1], document d being
-    tokens[offsets[d] : offsets[d + 1]].
+    Args: tokens, uint8 [tokens], or integers where there is a start token, documents end to end; offsets, integers
+    [documents + 1], document d being tokens[offsets[d] : offsets[d + 1]]; start_token, above 255, the first token of
+    documents, unless they were cut there, and of nothing else.
 
-    Raises ValueError if the tokens are not bytes, or if there is no held-out byte to score.
+    Raises ValueError if a token is neither a byte nor the start token, or if there is no held-out byte to score.
     """
-    for tokens in (train_tokens, heldout_tokens):
-        if tokens.dtype != np.uint8:
-            raise ValueError(f"a byte-bigram model needs uint8 tokens, got {tokens.dtype}")
-    scored = count_pairs(heldout_tokens, heldout_offsets)
+    symbols = VOCABULARY if start_token is None else VOCABULARY + 1
+    train_tokens, heldout_tokens = (_symbols(tokens, start_token) for tokens in (train_tokens, heldout_tokens))
+    scored = count_pairs(heldout_tokens, heldout_offsets, symbols)
     if not scored.sum():
         raise ValueError("there is no held-out byte to score")
-    counts = count_pairs(train_tokens, train_offsets)
-    tuning = count_pairs(*_take_documents(train_tokens, train_offsets, slice(TUNING_SHARE - 1, None, TUNING_SHARE)))
+    counts = count_pairs(train_tokens, train_offsets, symbols)
+    chosen = _take_documents(train_tokens, train_offsets, slice(TUNING_SHARE - 1, None, TUNING_SHARE))
+    tuning = count_pairs(*chosen, symbols)
     weights = fit_weights(_components(counts - tuning), tuning)
     return float(-(scored * np.log2(weights @ _components(counts))).sum() / scored.sum())
 
 
-def count_pairs(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How often byte j follows byte i in a document, int64 [256 * 256] at i * 256 + j."""
-    counts = np.zeros(VOCABULARY**2, np.int64)
+def _symbols(tokens: np.ndarray, start_token: int | None) -> np.ndarray:
+    """Bytes as uint8; bytes and the start token as uint16, that one being VOCABULARY."""
+    if start_token is None:
+        if tokens.dtype != np.uint8:
+            raise ValueError(f"a byte-bigram model needs uint8 tokens, got {tokens.dtype}")
+        return tokens
+    if ((tokens >= VOCABULARY) & (tokens != start_token)).any():
+        raise ValueError(f"a byte-bigram model needs bytes and the start token {start_token}, got other tokens")
+    return np.minimum(tokens, VOCABULARY).astype(np.uint16)
+
+
+def count_pairs(tokens: np.ndarray, offsets: np.ndarray, symbols: int = VOCABULARY) -> np.ndarray:
+    """How often byte j follows symbol i in a document, int64 [symbols * 256] at i * 256 + j.
+
+    Symbols are bytes, and with symbols=257 also 256, which only ever is a document's first.
+    """
+    pair = lambda previous, following: previous.astype(np.uint32) * np.uint32(symbols) + following  # noqa: E731
+    counts = np.zeros(symbols**2, np.int64)
     for start in range(0, tokens.size - 1, CHUNK):
         chunk = tokens[start : start + CHUNK + 1]
-        counts += np.bincount(_pair(chunk[:-1], chunk[1:]), minlength=VOCABULARY**2)
+        counts += np.bincount(pair(chunk[:-1], chunk[1:]), minlength=symbols**2)
     borders = np.unique(offsets)
     borders = borders[(borders > 0) & (borders < tokens.size)]
-    return counts - np.bincount(_pair(tokens[borders - 1], tokens[borders]), minlength=VOCABULARY**2)
-
-
-def _pair(previous: np.ndarray, following: np.ndarray) -> np.ndarray:
-    return previous.astype(np.uint16) * np.uint16(VOCABULARY) + following
+    counts -= np.bincount(pair(tokens[borders - 1], tokens[borders]), minlength=symbols**2)
+    return counts.reshape(symbols, symbols)[:, :VOCABULARY].ravel()
 
 
 def _take_documents(tokens: np.ndarray, offsets: np.ndarray, chosen: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -60,12 +79,12 @@ def _take_documents(tokens: np.ndarray, offsets: np.ndarray, chosen: slice) -> t
 
 
 def _components(counts: np.ndarray) -> np.ndarray:
-    """Uniform, unigram and bigram probabilities of each pair's second byte, float64 [3, 256 * 256].
+    """Uniform, unigram and bigram probabilities of each pair's second byte, float64 [3, symbols * 256].
 
     Each sums to 1 over the second byte: a byte that was never seen as the first of a pair gives the unigram, and counts
     of nothing give the uniform distribution.
     """
-    table = counts.reshape(VOCABULARY, VOCABULARY).astype(np.float64)
+    table = counts.reshape(-1, VOCABULARY).astype(np.float64)
     uniform = np.full_like(table, 1 / VOCABULARY)
     unigram = np.broadcast_to(table.sum(0) / table.sum(), table.shape) if table.sum() else uniform
     totals = table.sum(1, keepdims=True)

@@ -64,11 +64,11 @@ def pack(
             documents.append(Document(row, start, start + size, continues=first > 0))
             start += size
     context = Context(positions, segment_ids, np.asarray(lengths, np.int32))
-    state = jax.eval_shape(lambda: subject.init_state(batch, max(lengths) + time))
     x = jax.ShapeDtypeStruct((batch, time, subject.d_model), subject.dtype)
     random = np.random.default_rng(seed)
     fill = lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype)  # noqa: E731
-    return Chunk(fill(x), jax.tree.map(fill, state), context, fill(x), jax.tree.map(fill, state), tuple(documents))
+    state = subject.draw_state(random, batch, max(lengths) + time)
+    return Chunk(fill(x), state, context, fill(x), jax.tree.map(fill, state), tuple(documents))
 
 
 def part(chunk: Chunk, start: int, stop: int, state: Any, dstate: Any) -> Chunk:

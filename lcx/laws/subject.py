@@ -41,6 +41,7 @@ class Subject:
     d_model: int
     dtype: str
     batch_axis: int = 0
+    positive: Callable[[tuple], bool] = lambda path: False  # of a leaf of the state: it holds no negative numbers
     _compiled: dict = field(default_factory=dict, compare=False)
 
     def pull(self, x: np.ndarray, state: Any, context: Context, dy: np.ndarray, dstate: Any = None) -> Pull:
@@ -61,6 +62,16 @@ class Subject:
         """The given rows of a state, in the given order."""
         return jax.tree.map(lambda leaf: np.take(leaf, rows, axis=self.batch_axis), state)
 
+    def draw_state(self, random: np.random.Generator, batch_size: int, max_length: int) -> Any:
+        """A state filled with random numbers, also beyond the tokens that it is said to hold."""
+
+        def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            values = random.normal(size=leaf.shape)
+            return (np.abs(values) if self.positive(path) else values).astype(leaf.dtype)
+
+        shapes = jax.eval_shape(lambda: self.init_state(batch_size, max_length))
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
     def _pull(self, params: dict, x: jax.Array, state: Any, context: Context, dy: jax.Array, dstate: Any) -> tuple:
         function = lambda params, x, state: self.apply(params, x, state, context)  # noqa: E731
         results, pullback = jax.vjp(function, params, x, state)
@@ -76,7 +87,8 @@ def mixer_subject(name: str, mixer: type[Mixer], options: dict, dtype: str, d_mo
         return nnx.merge(graphdef, params)(x, state, context)[:2]
 
     init_state = nnx.merge(graphdef, params).init_state
-    return Subject(name, apply, spread(params), init_state, d_model, dtype)
+    positive = lambda path: path[-1].key in mixer.positive_state  # noqa: E731
+    return Subject(name, apply, spread(params), init_state, d_model, dtype, positive=positive)
 
 
 def stack_subject(name: str, config: ModelConfig) -> Subject:
@@ -86,8 +98,14 @@ def stack_subject(name: str, config: ModelConfig) -> Subject:
     def apply(params: dict, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         return nnx.merge(graphdef, params)(x, state, context)[:2]
 
-    init_state = nnx.merge(graphdef, params).init_state
-    return Subject(name, apply, spread(params), init_state, config.d_model, config.param_dtype, batch_axis=1)
+    stack = nnx.merge(graphdef, params)
+
+    def positive(path: tuple) -> bool:
+        layer, mixer, name, *_ = (entry.key for entry in path)
+        return name in stack.layers[layer].mixers[mixer].positive_state
+
+    dtype, values = config.param_dtype, spread(params)
+    return Subject(name, apply, values, stack.init_state, config.d_model, dtype, batch_axis=1, positive=positive)
 
 
 def spread(params: dict) -> dict:

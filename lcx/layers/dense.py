@@ -34,6 +34,10 @@ class Dense(nnx.Module):
         """x: [batch, time, *inputs]; returns [batch, time, *outputs] in x's dtype."""
         return contract(x, self.weight[...], self.contracted)
 
+    def flops(self, tokens: int = 1) -> int:
+        """Forward FLOPs of that many tokens: a multiply-add, two FLOPs, for each weight and token."""
+        return 2 * math.prod(self.weight.shape) * tokens
+
 
 def contract(x: jax.Array, weight: jax.Array, count: int = 1, dtype: Any = None) -> jax.Array:
     """Contracts x's last `count` axes with the weight's first ones, in x's dtype.

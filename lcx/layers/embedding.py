@@ -1,5 +1,6 @@
 """Token embedding and output head."""
 
+import math
 from typing import Any
 
 import jax
@@ -23,3 +24,7 @@ class Embedding(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., d_model]; returns [..., vocab_size], accumulated and given in at least float32."""
         return contract(hidden, self.table[...].T, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+
+    def flops(self, tokens: int = 1) -> int:
+        """Forward FLOPs of `logits` of that many tokens, a multiply-add being two; looking tokens up has none."""
+        return 2 * math.prod(self.table.shape) * tokens

@@ -15,6 +15,7 @@ from flax import nnx
 from lcx.errors import UserError, suggest
 from lcx.mixers.attention import Attention
 from lcx.mixers.base import Context, Mixer, ModelDims
+from lcx.mixers.infini import Infini
 from lcx.mixers.mamba import Mamba
 from lcx.mixers.mlp import MLP
 from lcx.schema import build
@@ -23,6 +24,7 @@ __all__ = ["MIXERS", "Context", "Mixer", "ModelDims", "build_mixer", "find_mixer
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "infini": Infini,
     "mamba": Mamba,
     "mlp": MLP,
 }

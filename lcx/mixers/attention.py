@@ -1,147 +1,165 @@
-"""Softmax attention: full or sliding window, grouped heads, rotary positions."""
+"""Softmax attention: full or sliding window, grouped heads, rotary positions, sinks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx.errors import UserError
-from lcx.layers.norm import RMSNorm
-from lcx.layers.rotary import rotate
-from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
+from lcx.layers.initializers import Normal
+from lcx.mixers.base import Aux, Context, ModelDims, State
+from lcx.mixers.heads import KEY, QUERY, TAIL, TOKEN, GroupedHeads, HeadOptions, visible_pairs
+from lcx.mixers.sinks import add_sinks, find_sinks, hidden_sinks
 from lcx.parallel.sequence import halo
+from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.attention import attention, select_backend
 
-QUERY = ("batch", "time", "heads", None)
-KEY = ("batch", "time", "kv_heads", None)
-TOKEN = ("batch", "time")
+SINK_LOGIT_STD = 0.02  # of the start, as in gpt-oss
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(HeadOptions):
     """Options of `type: "attention"`."""
 
-    num_heads: int = limited(minimum=1)
-    num_kv_heads: int | None = limited(None, minimum=1)  # None: as many as query heads
-    head_dim: int | None = limited(None, minimum=1)  # None: d_model / num_heads
     window: int | None = limited(None, minimum=1)  # tokens a query sees, itself included; None: all
-    rope_base: float | None = 10_000.0  # None: no positions
-    qk_norm: bool = False  # RMSNorm over each query and key head before the rotation
-    backend: str = "auto"
+    # A logit that joins the softmax's denominator: "logit" is trained, one a head; "zero" is softmax-off-by-one.
+    sink: Literal["logit", "zero"] | None = None
+    sink_tokens: int = limited(0, minimum=0)  # first tokens of each document that a window does not hide
 
 
-class Attention(Mixer):
-    """Grouped-query attention: query head h reads key/value head h // (num_heads / num_kv_heads).
+class Attention(GroupedHeads):
+    """Grouped-query attention over the keys j in [i - window + 1, i], and the document's first `sink_tokens` ones.
 
-    With a window w a query sees the keys j in [i - w + 1, i] and the state is the last w - 1 keys and values; without
-    one the state holds max_length of them.
+    With a window the state is the last window - 1 keys and values, and those of the sinks; without one the state holds
+    max_length of them.
     """
 
     Options = AttentionOptions
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "full": {"num_heads": 4, "num_kv_heads": 2},
+        "full": {"num_heads": 4, "num_kv_heads": 2, "sink": "logit"},
         "window": {"num_heads": 4, "num_kv_heads": 1, "window": 5, "qk_norm": True},
+        "sink_tokens": {"num_heads": 4, "num_kv_heads": 2, "window": 4, "sink_tokens": 2, "sink": "zero"},
     }
 
     def __init__(self, options: AttentionOptions, dims: ModelDims, rngs: nnx.Rngs):
-        heads = options.num_heads
-        kv_heads = options.num_kv_heads or heads
-        if options.head_dim is None and dims.d_model % heads:
-            raise UserError(
-                f"num_heads={heads} does not divide d_model={dims.d_model}; set head_dim or another num_heads."
-            )
-        if heads % kv_heads:
-            raise UserError(f"num_kv_heads={kv_heads} does not divide num_heads={heads}.")
-        width = options.head_dim or dims.d_model // heads
-        if options.rope_base is not None and width % 2:
-            raise UserError(
-                f"head_dim={width} is odd, but rotary positions turn pairs; use an even one or rope_base=none."
-            )
-        check_backend(select_backend, options.backend)
-        self.options, self.dims = options, dims
-        self.kv_shape = (kv_heads, width)
-        self.query = dims.dense(dims.d_model, (heads, width), ("d_model", "heads", None), rngs)
-        self.key = dims.dense(dims.d_model, (kv_heads, width), ("d_model", "kv_heads", None), rngs)
-        self.value = dims.dense(dims.d_model, (kv_heads, width), ("d_model", "kv_heads", None), rngs)
-        self.output = dims.output((heads, width), ("heads", None, "d_model"), rngs)
-        if options.qk_norm:
-            self.query_norm = RMSNorm(width, dims.norm_eps, rngs, dtype=dims.param_dtype)
-            self.key_norm = RMSNorm(width, dims.norm_eps, rngs, dtype=dims.param_dtype)
+        super().__init__(options, dims, rngs, select_backend)
+        if options.sink == "logit":
+            init = Normal(SINK_LOGIT_STD)
+            self.sink_logit = param(rngs, (options.num_heads,), ("heads",), init, dtype=dims.param_dtype, decay=False)
 
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if self.options.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.options.rope_base is not None:
-            query = rotate(query, context.positions, self.options.rope_base)
-            key = rotate(key, context.positions, self.options.rope_base)
+        query, key, value = self.project(x)
         attend = self._attend_all if self.options.window is None else self._attend_window
-        out, state = attend(query, key, value, state, context)
+        out, state = attend(query, self.rotated(key, context.positions), value, state, context)
         return self.output(out), state, {}
+
+    def _sinks(self) -> jax.Array | None:
+        """The logits [heads] in the denominator, at least float32."""
+        if self.options.sink is None:
+            return None
+        if self.options.sink == "zero":
+            return jnp.zeros((self.options.num_heads,), self.dims.state_dtype)
+        return self.sink_logit[...].astype(self.dims.state_dtype)
 
     def _attend_window(
         self, query: jax.Array, key: jax.Array, value: jax.Array, state: State | None, context: Context
     ) -> tuple[jax.Array, State]:
         """The keys before the chunk are a halo of window - 1 tokens, whether they come from a state or a neighbour."""
-        window, backend = self.options.window, self.options.backend
-        past = state or {"key": None, "value": None}
+        window, backend, count = self.options.window, self.options.backend, self.options.sink_tokens
+        past = state or {}
 
-        def local(query, key, value, lookback, key_tail, value_tail):
-            key, key_tail = halo(key, key_tail, window - 1)
-            value, value_tail = halo(value, value_tail, window - 1)
-            offset = key.shape[1] - query.shape[1]
-            out, _ = attention(query, key, value, window=window, lookback=lookback, offset=offset, backend=backend)
-            return out, key_tail, value_tail
+        def local(query, far_query, key, value, positions, lookback, sinks, key_tail, value_tail, sink_key, sink_value):
+            keys, key_tail = halo(key, key_tail, window - 1)
+            values, value_tail = halo(value, value_tail, window - 1)
+            out, log_sum_exp = attention(
+                query,
+                keys,
+                values,
+                window=window,
+                lookback=lookback,
+                offset=keys.shape[1] - query.shape[1],
+                backend=backend,
+            )
+            held = ()
+            if count:
+                first, held = find_sinks(key, value, sink_key, sink_value, positions)
+                seen = hidden_sinks(positions, lookback, window, count)
+                out, log_sum_exp = add_sinks(out, log_sum_exp, far_query, first, seen)
+            if sinks is not None:
+                out = out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]
+            return (out.astype(query.dtype), key_tail, value_tail, *held)
 
-        tail_shape = (query.shape[0], window - 1, *self.kv_shape)
-        tail_axes = ("batch", None, "kv_heads", None)
-        out, key, value = context.shard.kernel(
+        # A sink stands where the rolling cache has it: never farther than the cache is long.
+        nearest = jnp.minimum(context.positions, count + window - 1)
+        tail, kept = ((query.shape[0], held, *self.kv_shape) for held in (window - 1, count))
+        no_sinks = jnp.zeros(kept, key.dtype) if count else None
+        sink_past = lambda name: past.get(name, no_sinks)  # noqa: E731
+        results = context.shard.kernel(
             local,
             dict(
-                query=query,
+                query=self.rotated(query, context.positions),
+                far_query=self.rotated(query, nearest) if count else None,
                 key=key,
                 value=value,
+                positions=context.positions,
                 lookback=context.lookback,
-                key_tail=past["key"],
-                value_tail=past["value"],
+                sinks=self._sinks(),
+                key_tail=past.get("key"),
+                value_tail=past.get("value"),
+                sink_key=sink_past("sink_key"),
+                sink_value=sink_past("sink_value"),
             ),
-            dict(query=QUERY, key=KEY, value=KEY, lookback=TOKEN, key_tail=tail_axes, value_tail=tail_axes),
-            ((query.shape, QUERY), (tail_shape, tail_axes), (tail_shape, tail_axes)),
+            dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, sinks=("heads",))
+            | dict(key_tail=TAIL, value_tail=TAIL, sink_key=TAIL, sink_value=TAIL),
+            ((query.shape, QUERY), (tail, TAIL), (tail, TAIL)) + ((kept, TAIL), (kept, TAIL))[: 2 * bool(count)],
         )
-        return out, {"key": key, "value": value}
+        names = ("key", "value", "sink_key", "sink_value")
+        return results[0], dict(zip(names, results[1:], strict=False))
 
     def _attend_all(
         self, query: jax.Array, key: jax.Array, value: jax.Array, state: State | None, context: Context
     ) -> tuple[jax.Array, State]:
         """The keys are all that the row has had, in the order of the row."""
         backend = self.options.backend
-        arrays = dict(query=query, lookback=context.lookback)
-        axes = dict(query=QUERY, lookback=TOKEN, key=KEY, value=KEY, row_index=TOKEN)
+        query = self.rotated(query, context.positions)
+        arrays = dict(query=query, lookback=context.lookback, sinks=self._sinks())
+        axes = dict(query=QUERY, lookback=TOKEN, sinks=("heads",), key=KEY, value=KEY, row_index=TOKEN)
         if state is not None:
             key = _write(state["key"], key, context.length)
             value = _write(state["value"], value, context.length)
             arrays["row_index"] = context.row_index
 
-        def local(query, key, value, lookback, row_index=None):
+        def local(query, key, value, lookback, sinks, row_index=None):
+            settings = dict(lookback=lookback, sinks=sinks, backend=backend)
             if row_index is None:
-                return attention(query, key, value, lookback=lookback, offset=0, backend=backend)[:1]
+                return attention(query, key, value, offset=0, **settings)[:1]
             slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), (key.shape[0], key.shape[1]))
-            return attention(query, key, value, lookback=lookback, positions=(row_index, slots), backend=backend)[:1]
+            return attention(query, key, value, positions=(row_index, slots), **settings)[:1]
 
         (out,) = context.shard.kernel(local, arrays | dict(key=key, value=value), axes, ((query.shape, QUERY),))
         return out, {"key": key, "value": value}
 
     def init_state(self, batch_size: int, max_length: int) -> State:
-        held = max_length if self.options.window is None else self.options.window - 1
-        shape = (batch_size, held, *self.kv_shape)
-        return {name: jnp.zeros(shape, self.dims.compute_dtype) for name in ("key", "value")}
+        window, count = self.options.window, self.options.sink_tokens
+        held = {"key": max_length, "value": max_length}
+        if window is not None:
+            held = {"key": window - 1, "value": window - 1}
+            held |= {"sink_key": count, "sink_value": count} if count else {}
+        shape = lambda tokens: (batch_size, tokens, *self.kv_shape)  # noqa: E731
+        return {name: jnp.zeros(shape(tokens), self.dims.compute_dtype) for name, tokens in held.items()}
 
     def capacity(self, state: State) -> int | None:
         return state["key"].shape[1] if self.options.window is None else None
+
+    def flops(self, tokens: int) -> int:
+        window = self.options.window
+        pairs = visible_pairs(tokens, window)
+        if window is not None:  # sink j is hidden by the window from token j + window on
+            pairs += sum(max(0, tokens - sink - window) for sink in range(self.options.sink_tokens))
+        return self.projection_flops(tokens) + self.pair_flops(pairs)
 
 
 def _write(cache: jax.Array, chunk: jax.Array, length: jax.Array) -> jax.Array:

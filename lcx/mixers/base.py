@@ -21,7 +21,8 @@ from lcx.parallel.kernels import Shard
 from lcx_kernels.backends import BackendUnavailable
 
 State = dict[str, jax.Array]
-Aux = dict[str, dict[str, jax.Array]]  # {"metrics": scalars and histograms, "losses": scalars}; either may be absent
+# {"metrics": scalars, or vectors to be shown as histograms; "losses": scalars}; either may be absent
+Aux = dict[str, dict[str, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +103,8 @@ class Mixer(nnx.Module):
     Options: ClassVar[type]  # frozen dataclass of what a config may set
     # Small options that the laws are certified on, by a name for each variant; d_model is 32.
     examples: ClassVar[Mapping[str, Mapping[str, Any]]]
+    # Arrays of the state that never hold a negative number, for whoever makes up a state (the laws do).
+    positive_state: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any, dims: ModelDims, rngs: nnx.Rngs):
         """Makes the parameters. Raises UserError for options that do not fit `dims`."""
@@ -127,4 +130,14 @@ class Mixer(nnx.Module):
     def capacity(self, state: State) -> int | None:
         """How many tokens the state can hold; None where its size does not depend on that."""
         del state
+        return None
+
+    def flops(self, tokens: int) -> int | None:
+        """Model FLOPs of one forward pass over a document of that many tokens, from an empty state.
+
+        A multiply-add is two. Matrix products, recurrences and the pairs of tokens that see each other count; what a
+        program computes only to mask it, or computes again, does not, nor do norms, activations and exponentials.
+        None: not known.
+        """
+        del tokens
         return None

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lcx.layers.dense import contract
 from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogArange, Uniform
+from lcx.layers.norm import RMSNorm
 from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
 from lcx.params import param
 from lcx.schema import limited
@@ -32,6 +33,7 @@ class MambaOptions:
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
+    dt_B_C_norm: bool = False  # RMSNorm of dt, B and C as x_proj gives them (Jamba, arXiv 2403.19887)
     chunk_size: int | None = limited(None, minimum=1)  # None: the backend's choice
     backend: str = "auto"
 
@@ -39,11 +41,14 @@ class MambaOptions:
 class Mamba(Mixer):
     """x, z = in_proj(u); x = silu(conv(x)); dt, B, C = x_proj(x); y = scan(x, dt, A, B, C) + D x; out_proj(y silu(z)).
 
-    The state is the last conv_width - 1 inputs of the convolution and the recurrent state [batch, inner, N].
+    x_proj gives a dt of dt_rank channels, which dt_proj and a softplus turn into one for each inner channel. The state
+    is the last conv_width - 1 inputs of the convolution and the recurrent state [batch, inner, N].
     """
 
     Options = MambaOptions
-    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {"state_size": 4, "chunk_size": 4}}
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "normed": {"state_size": 4, "chunk_size": 4, "dt_B_C_norm": True},
+    }
 
     def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
         inner = options.expand * dims.d_model
@@ -63,6 +68,10 @@ class Mamba(Mixer):
         self.A_log = param(rngs, (inner, size), ("inner", None), LogArange(), dtype=dtype, decay=False)
         self.D = param(rngs, (inner,), ("inner",), Constant(1.0), dtype=dtype, decay=False)
         self.out_proj = dims.output(inner, ("inner", "d_model"), rngs)
+        if options.dt_B_C_norm:
+            self.dt_norm = RMSNorm(rank, dims.norm_eps, rngs, dtype=dtype)
+            self.B_norm = RMSNorm(size, dims.norm_eps, rngs, dtype=dtype)
+            self.C_norm = RMSNorm(size, dims.norm_eps, rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
         past = state or {"conv": None, "ssm": None}
@@ -71,6 +80,8 @@ class Mamba(Mixer):
         x, tail = self._convolve(x, past["conv"], context)
         x = jax.nn.silu(x)
         dt, B, C = jnp.split(self.x_proj(x), self.splits, axis=-1)
+        if self.options.dt_B_C_norm:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = contract(dt, self.dt_proj[...])
         y, ssm = self._scan(x, dt, B, C, z, past["ssm"], context)
         metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
@@ -115,6 +126,18 @@ class Mamba(Mixer):
         axes = dict(x=CHANNELS, dt=CHANNELS, z=CHANNELS, B=shared, C=shared, reset=TOKEN, initial_state=state_axes)
         axes |= dict(A=("inner", None), D=("inner",), dt_bias=("inner",))
         return context.shard.kernel(local, arrays, axes, ((x.shape, CHANNELS), (state_shape, state_axes)))
+
+    def flops(self, tokens: int) -> int:
+        """The four matrices, the convolution and the scan; softplus, norms and the gate silu(z) are left out.
+
+        The scan has, for each token, channel and state, dt A and (dt x) B, a multiply-add into h and one into y; and
+        for each token and channel dt x and the multiply-add of D x.
+        """
+        size, (rank, _) = self.options.state_size, self.splits
+        matrices = self.in_proj.flops() + self.x_proj.flops() + 2 * rank * self.inner + self.out_proj.flops()
+        convolution = 2 * self.options.conv_width * self.inner
+        scan = self.inner * (6 * size + 3)
+        return (matrices + convolution + scan) * tokens
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         del max_length

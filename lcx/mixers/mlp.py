@@ -31,3 +31,7 @@ class MLP(Mixer):
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
         del state, context
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x)), {}, {}
+
+    def flops(self, tokens: int) -> int:
+        """The three matrices; the product with the gate belongs to the activation and is left out."""
+        return self.gate.flops(tokens) + self.up.flops(tokens) + self.down.flops(tokens)

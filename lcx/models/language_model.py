@@ -104,6 +104,16 @@ class LanguageModel(nnx.Module):
         position, length = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         return {"position": position, "length": length, "layers": self.stack.init_state(batch_size, max_length)}
 
+    def flops(self, tokens: int) -> int | None:
+        """Forward FLOPs of one document of `tokens` tokens, logits of every token included.
+
+        What counts is said in `Mixer.flops`; a step of training is about three times this, without what remat computes
+        again. Costs no memory, also on a model without values. None if a mixer does not know its own.
+        """
+        stack = self.stack.flops(tokens)
+        head = self.head if hasattr(self, "head") else self.embedding
+        return None if stack is None else stack + head.flops(tokens)
+
 
 def model_dims(config: ModelConfig, sublayers: int) -> ModelDims:
     """What mixers are told of the model. Raises UserError for float64 where JAX computes in 32 bits."""

@@ -109,6 +109,17 @@ class Stack(nnx.Module):
                 found.append(mixer.capacity(one_period))
         return min((capacity for capacity in found if capacity is not None), default=None)
 
+    def flops(self, tokens: int) -> int | None:
+        """Forward FLOPs of one document of `tokens` tokens from an empty state; None if a mixer does not know its own.
+
+        What counts is said in `Mixer.flops`; here nothing is added, since norms and residual additions are left out.
+        """
+        graphdef, params = split(self.layers)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+        layers = nnx.merge(graphdef, shapes)  # of one period: mixers may count by the shapes of their parameters
+        counts = [mixer.flops(tokens) for layer in layers.values() for mixer in layer.mixers.values()]
+        return None if None in counts else self.periods * sum(counts)
+
 
 def _remat(function: Any, policy: str) -> Any:
     if policy == "none":

@@ -47,11 +47,6 @@ def blueprint(config: Config) -> Blueprint:
     return Blueprint(graphdef, shapes, declarations(abstract))
 
 
-def count_parameters(shapes: dict) -> int:
-    """The number of parameters, summed over the leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
 def abstract_state(plan: Blueprint, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings on a mesh: what a checkpoint is restored onto.
 

@@ -22,6 +22,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (next state, metrics), to be jitted with the state donated.
 
+    Metrics are scalars, but for "histograms": arrays of the mixers' by name, shown as such.
+
     The loss is the mean over the tokens of the whole batch, by their weights, however many pieces the batch is
     accumulated from and whichever of them hold no token that counts.
     """
@@ -37,7 +39,7 @@ def make_train_step(
         total = mean + config.train.z_loss * jnp.sum(weights * jnp.square(log_denominators))
         for value in collect(aux, "losses").values():
             total += value / accumulate
-        return total, {"loss": accumulate * mean} | collect(aux, "metrics")
+        return total, {"loss": accumulate * mean, "histograms": histograms(aux)} | collect(aux, "metrics")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tiny = jnp.finfo(batch["loss_weights"].dtype).tiny
@@ -63,13 +65,26 @@ def make_train_step(
 
 
 def collect(aux: dict, kind: str) -> Metrics:
-    """The mixers' scalars of one kind ("metrics" or "losses"), by layer and name; metrics are means over the periods.
+    """The mixers' values of one kind ("metrics" or "losses") as scalars, by layer and name.
 
-    aux: {layer: {mixer: {kind: {name: [periods]}}}}. Losses are summed over the periods.
+    aux: {layer: {mixer: {kind: {name: [periods, ...]}}}}. Metrics are means, over the periods and within a vector;
+    losses are summed.
     """
     reduce = {"metrics": jnp.mean, "losses": jnp.sum}[kind]
+    return {name: reduce(value) for name, value in _values(aux, kind).items()}
+
+
+def histograms(aux: dict) -> Metrics:
+    """The mixers' metrics that are more than a number a layer, [periods, ...], by layer and name.
+
+    Their means are among the scalars, and TensorBoard shows one kind of thing under a name: so these get another.
+    """
+    return {f"{name}/histogram": value for name, value in _values(aux, "metrics").items() if value.ndim > 1}
+
+
+def _values(aux: dict, kind: str) -> Metrics:
     found = {layer: {mixer: record.get(kind, {}) for mixer, record in mixers.items()} for layer, mixers in aux.items()}
-    return {path_name(path): reduce(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
+    return {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(found)}
 
 
 def batch_hash(batch: Batch) -> jax.Array:

@@ -155,7 +155,9 @@ class _StepLog:
         self.logged_step, self.logged_time = step, now
         line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": None, "skipped": 0}
         line["tokens_per_second_per_device"] = rate / jax.device_count()
-        self.report.log(line | jax.device_get(metrics) | scores)
+        values = jax.device_get(metrics)
+        histograms = values.pop("histograms")
+        self.report.log(line | values | scores, histograms)
 
 
 def _scores(evaluate: Callable, state: TrainState, step: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from lcx.config import Config
 from lcx.errors import UserError
 from lcx.files import is_local, read_json, write_json
 
@@ -120,6 +121,8 @@ def _register(workdir: Workdir, run: dict[str, Any]) -> None:
 def _check_same_run(path: epath.Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
     for section, what in (("config", "another run"), ("fingerprints", "a run on other data")):
         there, here = _flatten(stored.get(section)), _flatten(run[section])
+        if section == "config":  # a field that is newer than the run had its default's meaning
+            there = {key: value for key, value in _flatten(Config().to_dict()).items() if key in here} | there
         for key in [*here, *(key for key in there if key not in here)]:
             values = [json.dumps(side[key]) if key in side else "absent" for side in (there, here)]
             changeable = section == "config" and any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)

@@ -84,6 +84,8 @@ def test_generate_streams_text(finished, capsys):
     assert text.startswith("a line") and len(text) > len("a line\n")
     assert main(arguments) == 0
     assert capsys.readouterr().out == text
+    assert main(["generate", f"--workdir={finished}", "--prompt="]) == 2
+    assert capsys.readouterr().err == "error: --prompt is empty: give at least one character to go on from.\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,26 @@ COUNTS = {
     "samba:1.3b": 1_330_207_488,
     "samba:1.7b": 1_742_194_688,
     "samba:3.8b": 3_864_275_712,
+    "infini:paper": 234_120_288,
+    "sink:160m": 162_220_944,
 }
-TINY = ["transformer:tiny", "mamba:tiny", "samba:tiny"]
+# Ablations of the SAMBA paper, which it calls 400M, 1.6B and 1.9B; the others are named after the size they vary.
+VARIANTS = {
+    "samba:421m,pattern=mamba-swa-mlp": 394_999_296,
+    "samba:1.7b,pattern=mamba-swa-mlp": 1_655_330_816,
+    "samba:1.7b,pattern=mamba-mlp": 1_946_224_640,
+    "samba:421m,pattern=mamba-mlp": 454_657_536,
+    "samba:421m,pattern=swa-mlp": 388_929_024,
+    "samba:421m,pattern=nope": 421_793_280,
+    "samba:421m,pattern=two-windows": 421_793_280,
+    "samba:421m,full_attention=1+5": 443_702_784,
+    "transformer:438m,window=2048": 438_081_024,
+    "infini:paper,update=segment_delta": 234_120_288,
+    "sink:160m,form=zero": 162_220_944 - 12 * 12,
+    "sink:160m,form=token,window=1023": 162_220_944 - 12 * 12,
+}
+FAMILIES = ["transformer", "mamba", "samba", "infini", "sink"]
+TINY = [f"{family}:tiny" for family in FAMILIES] + ["sink:tiny,form=token", "samba:tiny,pattern=two-windows"]
 
 
 def config_of(name, more=""):
@@ -42,9 +61,10 @@ def config_of(name, more=""):
     return Config.from_dict(load_config(f"{CONFIGS}/{family}.py:size={size}{more}"))
 
 
-def attention_parameters(d_model, num_heads, num_kv_heads=None, head_dim=None, **_):
+def attention_parameters(d_model, num_heads, num_kv_heads=None, head_dim=None, sink=None, **_):
     width, kv_heads = head_dim or d_model // num_heads, num_kv_heads or num_heads
-    return d_model * (num_heads + 2 * kv_heads) * width + num_heads * width * d_model
+    logits = num_heads if sink == "logit" else 0
+    return d_model * (num_heads + 2 * kv_heads) * width + num_heads * width * d_model + logits
 
 
 def mamba_parameters(d_model, expand=2, state_size=16, conv_width=4, **_):
@@ -56,6 +76,7 @@ def mamba_parameters(d_model, expand=2, state_size=16, conv_width=4, **_):
 
 PARAMETERS = {
     "attention": attention_parameters,
+    "infini": lambda d_model, num_heads, **more: attention_parameters(d_model, num_heads, **more) + num_heads,
     "mamba": mamba_parameters,
     "mlp": lambda d_model, d_ff, **_: 3 * d_model * d_ff,
 }
@@ -69,17 +90,18 @@ def parameters(model):
     return mixers + (len(layers) + 1) * model.d_model + embeddings
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", COUNTS | VARIANTS)
 def test_published_counts(name):
-    assert parameters(config_of(name).model) == COUNTS[name]
+    assert parameters(config_of(name).model) == (COUNTS | VARIANTS)[name]
 
 
 def test_every_size_is_counted():
-    for family in ("transformer", "mamba", "samba"):
+    for family in FAMILIES:
         with pytest.raises(UserError) as refusal:
             load_config(f"{CONFIGS}/{family}.py:size=?")
         sizes = str(refusal.value).split("Allowed: ")[1].rstrip(".").split(", ")
-        assert {f"{family}:{size}" for size in sizes} == {n for n in [*COUNTS, *TINY] if n.startswith(family)}
+        counted = {name for name in [*COUNTS, f"{family}:tiny"] if name.startswith(f"{family}:")}
+        assert {f"{family}:{size}" for size in sizes} == counted
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -101,6 +123,8 @@ def test_sequence_length_changes_neither_tokens_per_step_nor_steps(name):
         ("transformer:438m", 20e9, 512 * 4096, 4e-4, 4e-5),
         ("transformer:pp-125m", 4_800 * 2**19, 2**19, 3e-3, 1e-5),
         ("transformer:pp-1.3b", 50_000 * 2**19, 2**19, 1e-3, 1e-5),
+        ("infini:paper", 30_000 * 2**21, 2**21, 3e-4, 3e-5),
+        ("sink:160m", 143_000 * 2**19, 2**19, 6e-4, 6e-5),
     ],
 )
 def test_published_recipes(name, tokens, per_step, learning_rate, final):
@@ -117,10 +141,42 @@ def test_tiny_divides_on_every_mesh_of_up_to_eight_devices(name):
     config = config_of(name)
     sizes = [config.train.batch_size, config.train.sequence_length, config.model.d_model, config.model.vocab_size]
     for mixer in config.model.mixers.values():
-        sizes += [mixer[key] for key in ("num_heads", "num_kv_heads", "d_ff", "window") if mixer.get(key)]
+        divided = ("num_heads", "num_kv_heads", "d_ff", "window", "segment_length")
+        sizes += [mixer[key] for key in divided if mixer.get(key)]
     assert all(size % 8 == 0 for size in sizes)
-    assert config.model.vocab_size == 256 and config.data.tokenizer == "bytes"
+    assert config.model.vocab_size == (256 if config.data.start_token is None else 264)
+    assert config.data.tokenizer == "bytes"
     assert config.data.sources[0].path == "stdlib"
+
+
+def test_ablations_are_what_their_names_say():
+    nope = config_of("samba:421m,pattern=nope").model
+    assert nope.mixers["swa"]["rope_base"] is None and nope.pattern == "mamba mlp swa mlp"
+    windows = config_of("samba:421m,pattern=two-windows").model
+    assert [windows.mixers[name]["window"] for name in ("swa", "wide")] == [2048, 8192] and windows.periods == 3
+    full = config_of("samba:421m,full_attention=1+11").model
+    blocks = full.pattern.split()[::2]
+    assert [i for i, name in enumerate(blocks) if name == "attention"] == [1, 11] and len(blocks) == 12
+    assert "window" not in full.mixers["attention"] and set(blocks) == {"mamba", "attention"}
+    token = config_of("sink:160m,form=token,window=1023")
+    assert token.data.start_token == 50_303 and token.model.mixers["attention"]["sink_tokens"] == 1
+    assert config_of("sink:160m").data.start_token is None
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("samba:1.3b,pattern=two-windows", "8 layers, which do not divide the 36 of size=1.3b"),
+        ("samba:421m,pattern=mamba", 'unknown pattern "mamba": did you mean'),
+        ("samba:421m,full_attention=12", "full_attention=12: write blocks from 0 to 11"),
+        ("samba:421m,full_attention=a", "full_attention=a: write blocks"),
+        ("samba:421m,full_attention=1,pattern=nope", "no other pattern than mamba-mlp"),
+        ("sink:tiny,form=tokens", 'unknown form "tokens": did you mean "token"'),
+    ],
+)
+def test_impossible_variants_are_refused(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_of(name)
 
 
 def test_quickstart_is_the_tiny_samba():

@@ -21,6 +21,7 @@ def make_config(tmp_path):
         return Config.from_dict(
             {
                 "data": {"sources": [{"name": "test", "path": folder}], **data},
+                "model": {"vocab_size": max(256, 1 + (data.get("start_token") or 0))},
                 "train": {"batch_size": batch_size, "sequence_length": length},
             }
         )

@@ -17,6 +17,7 @@ from lcx.data.sources import load_corpus
 DOCUMENTS = [bytes(range(a, b)) for a, b in itertools.pairwise([1, 20, 21, 22, 30, 34, 51])]
 FIRST = {document[0] for document in DOCUMENTS}
 TOTAL = sum(map(len, DOCUMENTS))
+START = 256  # the start token
 
 
 def row(config, index):
@@ -56,6 +57,59 @@ def test_rows_equal_a_naive_construction(make_config, length):
         got = row(config, int(index))
         assert got.pop("row_index") == index
         assert {name: array.tolist() for name, array in got.items()} == expected
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 16, 50, 57, 120])
+def test_rows_with_a_start_token_equal_a_naive_construction(make_config, length):
+    config = make_config(DOCUMENTS, length=length, batch_size=3, start_token=START)
+    total, owned = TOTAL + len(DOCUMENTS), length - 1
+    stream = list(naive_stream(config, epochs=4 + 2 * length // total))
+    assert sum(token == START for token, _, _ in stream) == sum(first for _, _, first in stream) > 0
+    rows = np.arange(3 * total // owned)
+    where = permute_rows(rows, total, owned, config.data.seed)
+    heads = Counter()
+    for index in rows:
+        start = where[index] * owned
+        places = list(range(start, start + length + 1))
+        cut = not stream[start][2]
+        heads[cut] += 1
+        if cut:
+            places = [None, *places[:-1]]
+        expected = {"tokens": [], "targets": [], "segment_ids": [], "positions": [], "loss_weights": []}
+        segment, position = 0, 0
+        for here, following in itertools.pairwise(places):
+            if here is None or stream[here][2]:
+                segment, position = segment + 1, 0
+            target, _, target_first = stream[following]
+            mine = start < following <= start + owned
+            token = START if here is None else stream[here][0]
+            values = (token, target, segment, position, 1.0 if mine and not target_first else 0.0)
+            for name, value in zip(expected, values, strict=True):
+                expected[name].append(value)
+            position += 1
+        got = row(config, int(index))
+        assert got.pop("row_index") == index
+        assert {name: array.tolist() for name, array in got.items()} == expected
+    assert heads[True] and heads[False] or owned >= total
+
+
+@pytest.mark.parametrize("length", [2, 5, 8, 26, 57, 64])
+def test_with_a_start_token_each_other_token_is_a_target_once_an_epoch(make_config, length):
+    """Also each document's first: it follows the start token. What it predicts from is its document's, or that."""
+    config = make_config(DOCUMENTS, length=length, batch_size=3, start_token=START)
+    total, owned = TOTAL + len(DOCUMENTS), length - 1
+    epochs = math.lcm(owned, total) // total
+    scored = Counter()
+    for index in range(epochs * total // owned):
+        got = row(config, index)
+        here = got["loss_weights"] == 1
+        scored.update(got["targets"][here].tolist())
+        for token, target in zip(got["tokens"][here].tolist(), got["targets"][here].tolist(), strict=True):
+            assert target in FIRST if token == START else target == token + 1
+        assert np.array_equal(got["tokens"] == START, got["positions"] == 0)
+        assert not np.any((got["tokens"][1:] == START) & (got["tokens"][:-1] == START))
+        assert set(np.unique(got["loss_weights"])) <= {0, 1}
+    assert scored == dict.fromkeys(itertools.chain(*DOCUMENTS), epochs)
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 25, 50, 64])

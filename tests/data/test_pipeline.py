@@ -18,6 +18,7 @@ from lcx.data import batch, heldout_batches, heldout_documents, read_ahead
 from lcx.data.packing import epoch_slots
 from lcx.errors import UserError
 
+START = 256  # the start token
 SHAPES = {"tokens": 2, "targets": 2, "segment_ids": 2, "positions": 2, "loss_weights": 2, "row_index": 1}
 
 
@@ -54,9 +55,10 @@ def test_shapes_and_dtypes(make_config):
     assert digest([got]) == digest([batch(config.to_dict(), 5)])
 
 
-def test_batch_is_pure(make_config):
+@pytest.mark.parametrize("start_token", [None, START])
+def test_batch_is_pure(make_config, start_token):
     """Whatever was read before, in whatever order and in whatever parts."""
-    config = make_config(documents(30), batch_size=4, length=16)
+    config = make_config(documents(30), batch_size=4, length=16, start_token=start_token)
     indices = list(range(40)) + [10**6, 10**9]
     in_order = {index: digest([batch(config, index)]) for index in indices}
     assert len(set(in_order.values())) == len(indices)
@@ -71,13 +73,26 @@ def test_batch_is_pure(make_config):
                 assert np.array_equal(part[name], array[np.array(list(rows), int)]) and part[name].dtype == array.dtype
 
 
-def test_the_stream_never_changes(make_config):
-    """A golden hash: a run that is resumed with a later version reads the same batches."""
-    config = make_config(documents(30), batch_size=4, length=16, seed=7)
-    assert (
-        digest(batch(config, index) for index in range(100))
-        == "fdb3c745a916580befc6de97e183dbabcbc4cd4ea1b9fb4eab12175a84e0800c"
-    )
+@pytest.mark.parametrize(
+    "start_token, training, heldout",
+    [
+        (
+            None,
+            "fdb3c745a916580befc6de97e183dbabcbc4cd4ea1b9fb4eab12175a84e0800c",
+            "ed2bed1ce931a6e24d3f8ff36911e0b0d08b22e38288d7ad7dcecd6b8f845cf9",
+        ),
+        (
+            START,
+            "658fbe8ea0fca7adcd8862999030e7a39bf20d1e21b6c7ef549233cf26233d52",
+            "c7140a14f74ca30c661b8d384998b9c77b9dd2097c710a2b6e8fe727601eb8ad",
+        ),
+    ],
+)
+def test_the_stream_never_changes(make_config, start_token, training, heldout):
+    """Golden hashes: a run that is resumed with a later version reads the same batches."""
+    config = make_config(documents(30), HELDOUT, batch_size=4, length=16, seed=7, start_token=start_token)
+    assert digest(batch(config, index) for index in range(100)) == training
+    assert digest(heldout_batches(config)) == heldout
 
 
 def test_a_far_batch_costs_no_more_than_a_near_one(make_config):
@@ -157,6 +172,12 @@ def test_user_errors_come_before_the_first_batch(tmp_path, make_config):
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
     with pytest.raises(UserError, match='model.vocab_size is 100, but the tokenizer "bytes" has 256 tokens'):
         read_ahead(small)
+    config = make_config(documents(3), start_token=START)
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=256))
+    with pytest.raises(UserError, match='"bytes" with data.start_token=256 has 257 tokens: set it to at least that'):
+        read_ahead(small)
+    with pytest.raises(UserError, match="train.sequence_length must be at least 2 with data.start_token=256"):
+        read_ahead(make_config(documents(3), length=1, start_token=START))
 
 
 def test_an_open_reader_does_not_keep_the_process_alive(make_config):
@@ -203,12 +224,36 @@ def test_the_heldout_pass_scores_each_token_once(make_config, length, batch_size
         assert all(t == 0 or segments[t] == 0 or tokens[t] in first for t in starts)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 21, 64, 65, 66, 100])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_heldout_pass_with_a_start_token_scores_each_byte_once(make_config, length, batch_size):
+    config = make_config([b"train"], HELDOUT, length=length, batch_size=batch_size, start_token=START)
+    batches = list(heldout_batches(config))
+    rows = {name: np.concatenate([one[name] for one in batches]) for name in SHAPES}
+    stream, first = b"".join(HELDOUT), {document[0] for document in HELDOUT}
+    count = -(-(len(stream) + len(HELDOUT) - 1) // (length - 1))
+    assert rows["row_index"][:count].tolist() == list(range(count)) and len(rows["tokens"]) < count + batch_size
+
+    scored, real = rows["loss_weights"] == 1, rows["segment_ids"] > 0
+    assert rows["targets"][scored].tolist() == list(stream)
+    for token, target in zip(rows["tokens"][scored].tolist(), rows["targets"][scored].tolist(), strict=True):
+        assert target in first if token == START else target == token + 1
+    assert np.array_equal((rows["tokens"] == START)[real], (rows["positions"] == 0)[real])
+    assert not np.any((rows["tokens"][:, 1:] == START) & (rows["tokens"][:, :-1] == START))
+    assert real[:count, 0].all() and not real[count:].any() and not rows["tokens"][~real].any()
+    starts = rows["positions"] == 0
+    assert starts[:, 0].all() and np.array_equal(np.diff(rows["segment_ids"]) != 0, starts[:, 1:])
+    assert np.all(np.diff(rows["positions"])[~starts[:, 1:]] == 1)
+
+
 @pytest.mark.parametrize("max_rows", [0, 1, 2, 3, 100])
-@pytest.mark.parametrize("length", [20, 19])  # the second ends a row where a document ends
-def test_a_yardstick_can_score_the_same_rows(make_config, max_rows, length):
-    config = make_config([b"train"], HELDOUT, length=length, batch_size=2)
+# Rows that own 20 and 19 tokens; the second ends a row where a document ends.
+@pytest.mark.parametrize("length, start_token", [(20, None), (19, None), (21, START), (20, START)])
+def test_a_yardstick_can_score_the_same_rows(make_config, max_rows, length, start_token):
+    config = make_config([b"train"], HELDOUT, length=length, batch_size=2, start_token=start_token)
     batches = list(heldout_batches(config, max_rows))
     assert len(batches) == (1 if max_rows in (1, 2) else 2)
+    length -= start_token is not None
     targets = np.concatenate([one["targets"][one["loss_weights"] == 1] for one in batches])
     chosen = heldout_documents(config, max_rows)
     inner = [chosen.tokens[a + 1 : b] for a, b in itertools.pairwise(chosen.offsets)]

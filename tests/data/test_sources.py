@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import itertools
 import json
 import sysconfig
 import time
@@ -108,6 +109,30 @@ def test_fingerprint_covers_the_tokenizer(make_config, tmp_path):
         tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="one")).save(path)
         fingerprints.add(load_corpus(make_config([b"one"], tokenizer=path).data).fingerprint)
     assert len(fingerprints) == 3
+
+
+def test_documents_begin_with_the_start_token(make_config):
+    plain = load_corpus(make_config([b"one", b"two", b"one"], [b"three"]).data)
+    data = make_config([b"one", b"two", b"one"], [b"three"], start_token=256).data
+    corpus = load_corpus(data)
+    for documents, texts in ((corpus.train, [b"one", b"two"]), (corpus.heldout, [b"three"])):
+        pieces = [documents.tokens[a:b].tolist() for a, b in itertools.pairwise(documents.offsets)]
+        assert pieces == [[256, *text] for text in texts]
+    assert corpus.train.tokens.dtype == np.uint16 and corpus.train.names == plain.train.names
+    assert corpus.fingerprint != plain.fingerprint
+    assert load_corpus(dataclasses.replace(data, start_token=257)).fingerprint != corpus.fingerprint
+
+
+def test_text_without_tokens_is_no_document_even_with_a_start_token(make_config, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0}, unk_token="one"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    for start_token, tokens in ((None, [0, 0]), (1, [1, 0, 1, 0])):
+        data = make_config(
+            [b"one", b" \n ", b"two"], tokenizer=str(tmp_path / "words.json"), start_token=start_token
+        ).data
+        assert load_corpus(data).train.tokens.tolist() == tokens
 
 
 def test_the_corpus_is_loaded_once_whatever_the_seed(make_config):

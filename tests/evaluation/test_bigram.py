@@ -11,7 +11,7 @@ def pack(documents):
 
 
 def naive_counts(documents):
-    counts = np.zeros((256, 256))
+    counts = np.zeros((257, 256))
     for document in documents:
         for previous, following in itertools.pairwise(document):
             counts[previous, following] += 1
@@ -56,7 +56,7 @@ def test_pairs_do_not_cross_documents(monkeypatch):
     tokens, offsets = pack(documents)
     for chunk in (1 << 22, 7, 1):
         monkeypatch.setattr("lcx.evaluation.bigram.CHUNK", chunk)
-        assert np.array_equal(count_pairs(tokens, offsets).reshape(256, 256), naive_counts(documents))
+        assert np.array_equal(count_pairs(tokens, offsets).reshape(256, 256), naive_counts(documents)[:256])
     assert count_pairs(tokens[:0], np.zeros(1, int)).sum() == 0
     assert count_pairs(tokens[:1], np.array([0, 0, 1, 1])).sum() == 0  # empty documents too
 
@@ -65,6 +65,20 @@ def test_bits_equal_a_naive_computation():
     train, heldout = random_documents(60, 1), [*random_documents(10, 2, alphabet=8), b"a", b"zzz"]
     got = bigram_bits_per_byte(*pack(train), *pack(heldout))
     assert got == pytest.approx(naive_bits(train, heldout), abs=1e-6)
+
+
+def test_a_start_token_is_a_context_and_nothing_else():
+    """Of documents that a row cut, the first token is a byte, and only a context too."""
+    start = 300
+    train = [b"\0" + text for text in random_documents(60, 1)]
+    heldout = [*random_documents(10, 2, alphabet=8), b"a", b"\0zz"]
+    expected = naive_bits([[256, *text] for text in train], [*([256, *text] for text in heldout), b"abab"])
+    began = lambda documents: [[start, *text] for text in documents]  # noqa: E731
+    pack = lambda documents: (np.concatenate(documents).astype(np.uint16), np.cumsum([0, *map(len, documents)]))  # noqa: E731
+    got = bigram_bits_per_byte(*pack(began(train)), *pack([*began(heldout), list(b"abab")]), start)
+    assert got == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="got other tokens"):
+        bigram_bits_per_byte(*pack(began(train)), *pack(began(heldout)), 301)
 
 
 def test_known_answers():

@@ -1,4 +1,4 @@
-"""Every mixer of the table, a mixer of a user's, and the three families obey the laws."""
+"""Every mixer of the table, a mixer of a user's, and the stacks of all families and ablations obey the laws."""
 
 from functools import cache
 
@@ -15,7 +15,20 @@ TIME = 16
 LENGTHS = (1, 2, 3, 7, 16)  # of chunks and of documents; each is one compiled function
 ROWS = 4
 USER_MIXER = "examples.moving_average:MovingAverage"
-FAMILIES = ("transformer", "mamba", "samba")
+FAMILIES = ("transformer", "mamba", "samba", "infini")
+# The same mixers and patterns with other options: in `make drills`.
+ABLATIONS = (
+    "sink",
+    "sink:form=token,window=5",
+    "infini:update=segment_delta",
+    "sink:form=zero,window=5",
+    "samba:pattern=mamba-swa-mlp",
+    "samba:pattern=mamba-mlp",
+    "samba:pattern=swa-mlp",
+    "samba:pattern=nope",
+    "samba:pattern=two-windows",
+    "samba:full_attention=1",
+)
 EXAMPLES = 12
 
 MIXER_EXAMPLES = [
@@ -24,32 +37,36 @@ MIXER_EXAMPLES = [
     for example in mixer.examples
 ]
 SUBJECTS = [f"{name}-{example}" for name, example in MIXER_EXAMPLES] + [f"family-{family}" for family in FAMILIES]
+SUBJECTS += [pytest.param(f"family-{family}", marks=pytest.mark.slow) for family in ABLATIONS]
 
 
 @cache
 def subject_of(name: str, dtype: str) -> laws.Subject:
     """The subject of a test, made once, so that its compiled functions are shared."""
+    if name.startswith("family-"):
+        return laws.stack_subject(name, small_model(name.removeprefix("family-"), dtype))
     kind, _, variant = name.rpartition("-")
-    if kind == "family":
-        return laws.stack_subject(name, small_model(variant, dtype))
     mixer = find_mixer(kind)
     return laws.mixer_subject(name, mixer, mixer.examples[variant], dtype)
 
 
 def small_model(family: str, dtype: str):
     """The tiny size of a family, narrower still, with windows shorter than a row and several kernel chunks in it."""
-    config = load_config(f"configs/{family}.py:size=tiny")
-    config.model.update(d_model=32, periods=2, param_dtype=dtype, compute_dtype=dtype, residual_dtype=dtype)
+    file, _, options = family.partition(":")
+    config = load_config(f"configs/{file}.py:{options}")
+    periods = min(config.model.periods, 2)
+    config.model.update(d_model=32, periods=periods, param_dtype=dtype, compute_dtype=dtype, residual_dtype=dtype)
     small = {
         "attention": {"num_heads": 4, "num_kv_heads": 2},
+        "infini": {"num_heads": 4, "num_kv_heads": 2, "segment_length": 4},
         "mlp": {"d_ff": 48},
         "mamba": {"state_size": 4, "chunk_size": 4},
     }
     with config.unlocked():
-        for record in config.model.mixers.values():
+        for name, record in config.model.mixers.items():
             record.update(small[record["type"]])
             if record.get("window"):
-                record["window"] = 5
+                record["window"] = 9 if name == "wide" else 5
     return Config.from_dict(config).model
 
 

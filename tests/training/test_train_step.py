@@ -14,16 +14,21 @@ from lcx.laws.measure import deviation
 from lcx.models import LanguageModel
 from lcx.models.cross_entropy import token_losses
 from lcx.params import create
-from lcx.training.train_step import batch_hash, collect
+from lcx.training.train_step import batch_hash, collect, histograms
 from lcx.training.trainer import make_program
 
 ROWS, TIME = 8, 24
+MIXED_MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+SINK_TOKEN = "sink:form=token,window=5"
 
 
 def config(family: str = "samba", **sections) -> Config:
-    values = load_config(f"configs/{family}.py:size=tiny").to_dict()
+    file, _, options = family.partition(":")
+    values = load_config(f"configs/{file}.py:{options}").to_dict()
     values["model"] |= {"d_model": 32, "vocab_size": 64}
     values["model"]["mixers"].get("swa", {}).update({"num_heads": 4, "num_kv_heads": 4, "window": 5})
+    values["model"]["mixers"].get("infini", {}).update({"num_heads": 4, "segment_length": 4})
+    values["model"]["mixers"].get("attention", {}).update({"num_heads": 4})
     values["model"]["mixers"]["mlp"]["d_ff"] = 48
     values["train"] |= {"batch_size": ROWS, "sequence_length": TIME, "steps": 10}
     values["mesh"] = {"data": 1}
@@ -95,15 +100,39 @@ def test_accumulation_changes_nothing(batch, whole, accumulate):
     compare(one_step(config(train={"accumulate": accumulate}), batch), whole)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mixed_mesh_changes_nothing(batch, whole, mesh):
-    compare(one_step(config(mesh=mesh), batch), whole)
+def test_a_mixed_mesh_changes_nothing(batch, whole):
+    compare(one_step(config(mesh=MIXED_MESH), batch), whole)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}])
 @pytest.mark.slow
 def test_every_mesh_changes_nothing(batch, whole, mesh):
     compare(one_step(config(mesh=mesh), batch), whole)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["infini:update=segment_delta"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "infini", "sink", SINK_TOKEN)],
+)
+def test_a_mixed_mesh_changes_nothing_in_other_families(batch, family):
+    expected, found = (one_step(config(family, mesh=mesh), batch) for mesh in ({"data": 1}, MIXED_MESH))
+    compare(found, expected)
+
+
+def test_gates_learn_at_their_own_rate_and_are_shown(batch):
+    """AdamW's first step is the learning rate times the gradient's sign: 0.01 for gates, whatever the model's is."""
+    optimizer = {"learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.1}
+    params, metrics = one_step(config("infini", optimizer=optimizer), batch)
+    gates = params["stack"]["layers"]["0_infini"]["mixers"]["infini"]["gate"]
+    np.testing.assert_allclose(np.abs(gates), 0.01, rtol=1e-2)  # from 0, up or down
+    shown = metrics["histograms"]
+    assert set(shown) == {f"0_infini/infini/{name}/histogram" for name in ("gate", "memory_norm")}
+    np.testing.assert_allclose(shown["0_infini/infini/gate/histogram"], np.full((4, 4), 0.5))  # [periods, heads]
+    np.testing.assert_allclose(metrics["0_infini/infini/gate"], 0.5)
+    np.testing.assert_allclose(
+        metrics["0_infini/infini/memory_norm"], shown["0_infini/infini/memory_norm/histogram"].mean(), rtol=1e-5
+    )
 
 
 def test_a_batch_without_a_token_that_counts_moves_nothing_but_decay(batch):
@@ -167,6 +196,7 @@ def test_metrics_of_mixers_are_named_by_layer():
     }
     assert {name: float(value) for name, value in collect(aux, "metrics").items()} == {"0_mamba/mamba/rms": 2.0}
     assert {name: float(value) for name, value in collect(aux, "losses").items()} == {"0_mamba/mamba/extra": 4.0}
+    assert histograms(aux) == {}
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_a_missing_key_is_a_difference(tmp_path):
         enter(tmp_path, config)
 
 
+def test_a_field_newer_than_the_run_has_its_default(tmp_path):
+    """A run of an older lcx goes on: what its config does not know yet means what it meant then."""
+    enter(tmp_path)
+    stored = enter(tmp_path, changed("data.start_token", None))
+    assert stored["config"]["data"]["start_token"] is None
+    with pytest.raises(UserError, match="train.z_loss is 0.0 there and 0.5 here"):
+        enter(tmp_path, changed("train.z_loss", 0.5))
+
+
 def test_other_data_are_refused(tmp_path):
     enter(tmp_path)
     with pytest.raises(UserError, match='other data: python is "abc" there and "def" here'):

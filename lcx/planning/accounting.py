@@ -1,0 +1,50 @@
+"""Parameters, bytes of state and FLOPs of a model, from its config alone: nothing is allocated or compiled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lcx.config import ModelConfig
+from lcx.models import LanguageModel
+from lcx.params import count_parameters, split
+
+# The `model` section of a config in any form, or the model itself, with or without values.
+Model = ModelConfig | Mapping[str, Any] | LanguageModel
+
+
+def abstract_model(model: Model) -> LanguageModel:
+    """The model without values; takes no memory. Raises UserError for a config that cannot be built.
+
+    All functions of this module do this to what they are given, so that several questions about one model are answered
+    faster from what this returns.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    return nnx.eval_shape(lambda: LanguageModel(model, nnx.Rngs(0)))
+
+
+def parameter_count(model: Model) -> int:
+    """The number of parameters; a tied embedding counts once."""
+    return count_parameters(split(abstract_model(model))[1])
+
+
+def state_bytes(model: Model, context: int) -> int:
+    """Bytes of what one sequence of `context` tokens leaves behind for the next token.
+
+    That is `init_state(1, context)`: keys and values in the compute dtype, recurrent states in at least float32, two
+    int32 counters. A compute_dtype of "auto" is what it means on this machine.
+    """
+    model = abstract_model(model)
+    state = jax.eval_shape(lambda: model.init_state(1, context))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def flops_per_token(model: Model, tokens: int) -> float | None:
+    """Forward FLOPs of a document of `tokens` tokens, divided by its tokens.
+
+    What counts is said in `Mixer.flops`; the head is included. None if a mixer of the model does not know its own.
+    """
+    total = abstract_model(model).flops(tokens)
+    return None if total is None else total / tokens
