@@ -6,16 +6,22 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills parity clean
+.PHONY: quickstart test lint format drills parity aot bench clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-test  ## the tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
+
+aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-aot/bin/pytest -m aot tests/aot
+
+bench: .venv/installed  ## times kernels beside what one would write instead
+	$(BIN)/python scripts/benchmark.py kernels
 
 parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
 	$(BIN)/pytest -m parity tests/parity
@@ -46,6 +52,13 @@ clean:  ## what was built; .venv and runs stay
 	@echo "installing lcx, its test tools, PyTorch and transformers into .venv (some minutes the first time)"
 	$(INSTALL) --editable '.[test,parity]'
 	@touch .venv/installed .venv/installed-test $@
+
+# An environment of its own: JAX looks for the devices of every plugin that is installed beside it.
+.venv-aot/installed: $(RECIPE)
+	@echo "installing lcx and the compilers for TPUs and GPUs into .venv-aot (some minutes the first time)"
+	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install --disable-pip-version-check --quiet --constraint requirements.lock --editable '.[test,aot]'
+	@touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "training": BELOW_MODELS | {"models"},
     "evaluation": BELOW_MODELS | {"models"},
     "planning": BELOW_MODELS | {"models"},
-    "cli": BELOW_MODELS | {"models", "laws", "training", "evaluation", "planning", "data", "__init__"},
+    "benchmarks": BELOW_MODELS | {"models"},
+    "cli": BELOW_MODELS | {"models", "laws", "training", "evaluation", "planning", "benchmarks", "data", "__init__"},
     "__init__": set(),
     "scripts": {"cli"},
     "recipes": set(),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
 }
 # The rooms that stay light, and all that they may import of others.
 MAY_INSTALL = {
-    "lcx_kernels": {"jax", "numpy"},
+    "lcx_kernels": {"jax", "numpy", "triton", "jax_triton"},
     "errors": set(),
     "schema": set(),
     "config": {"ml_collections"},

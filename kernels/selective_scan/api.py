@@ -7,17 +7,26 @@ import jax.numpy as jnp
 
 from lcx_kernels.backends import resolve_backend
 from lcx_kernels.checks import check
-from lcx_kernels.selective_scan import reference, xla
-from lcx_kernels.selective_scan.arguments import Arguments, around, step_sizes
+from lcx_kernels.selective_scan import reference, triton_gpu, xla
+from lcx_kernels.selective_scan.arguments import Arguments, around, late, step_sizes
 
 # From (Arguments, dt_softplus, chunk_size) to (y, final state).
-_SCANS = {"reference": around(reference.scan), "xla": around(xla.scan)}
-_AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_SCANS = {
+    "reference": around(reference.scan),
+    "xla": around(xla.scan),
+    "pallas_tpu": late("pallas_tpu"),
+    "triton": triton_gpu.scan,
+}
+_AUTO = {"cpu": "xla", "gpu": "triton", "tpu": "pallas_tpu"}
+_FEW = 8  # tokens below which "auto" is xla anywhere: a kernel's launch and tiles are made for more, as decoding is not
 
 
 def select_backend(backend: str) -> str:
     """The name of the implementation that `backend` means here; see `resolve_backend` for what it raises."""
-    return resolve_backend(backend, _SCANS, _AUTO)
+    name = resolve_backend(backend, _SCANS, _AUTO)
+    if name == "triton":
+        triton_gpu.require()
+    return name
 
 
 class ScanSummary(NamedTuple):
@@ -87,7 +96,7 @@ def selective_scan(
       dt_softplus: whether ``dt`` passes through softplus.
       initial_state: h before the first token, [batch, channels, state]; None for zeros.
       reset: bool [batch, time]; True zeroes the state before that token, the initial state too.
-      backend: "auto" (by platform), "reference" or "xla".
+      backend: "auto" (by platform), or the name of one: "reference", "xla", "pallas_tpu" or "triton".
       chunk_size: tokens between two states that are kept for the backward pass; None for the backend's own choice.
         The reference keeps them all, whatever this says.
 
@@ -98,7 +107,7 @@ def selective_scan(
       ValueError: an argument has a wrong shape or dtype, or the backend's name is unknown.
       BackendUnavailable: the named backend cannot run here.
     """
-    name = select_backend(backend)
+    name = _pick(backend, x)
     batch, time, channels, state = _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     check("C", C, "[batch, time, state]", batch, time, state)
     check("D", D, "[channels]", channels)
@@ -127,7 +136,7 @@ def selective_scan_summary(
 
     Args, dtypes and errors as in ``selective_scan``. Returns a ``ScanSummary``.
     """
-    name = select_backend(backend)
+    name = _pick(backend, x)
     _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     arguments = _arguments(x, dt, A, B, None, None, None, dt_bias, None, reset)
     _, state = _SCANS[name](arguments, dt_softplus, chunk_size)
@@ -135,6 +144,11 @@ def selective_scan_summary(
     steps = step_sizes(dt.astype(dtype), None if dt_bias is None else dt_bias.astype(dtype), dt_softplus)
     any_reset = jnp.zeros_like(dt[:, 0, 0], dtype=bool) if reset is None else reset.any(axis=1)
     return ScanSummary(steps.sum(axis=1), any_reset, state)
+
+
+def _pick(backend: str, x: jax.Array) -> str:
+    few = backend == "auto" and x.ndim == 3 and x.shape[1] < _FEW
+    return select_backend("xla" if few else backend)
 
 
 def _arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, reset) -> Arguments:

@@ -1,0 +1,99 @@
+"""The selective scan for NVIDIA GPUs, in Triton through jax-triton: what JAX sees of it.
+
+Kernels are in `triton_kernels`, their launches in `triton_plan`. To import this, no Triton is needed.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from lcx_kernels.backends import BackendUnavailable
+from lcx_kernels.selective_scan import triton_plan
+from lcx_kernels.selective_scan.arguments import Arguments
+from lcx_kernels.selective_scan.triton_plan import Inputs, Launch, Plan
+from lcx_kernels.varying import vary_alike, varying_axes
+
+# What programs are compiled for where no GPU is: an H100's.
+_COMPUTE_CAPABILITY = 90
+
+
+def require() -> None:
+    """Raises BackendUnavailable, naming what is missing, where the kernels cannot be compiled."""
+    for package in ("triton", "jax_triton"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:  # jax_triton is there and fails without JAX's CUDA plugin
+            raise BackendUnavailable(
+                f'backend "triton" needs triton, jax-triton and JAX\'s CUDA plugin; importing {package} says: {error}'
+            ) from error
+
+
+def scan(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple[jax.Array | None, jax.Array]:
+    """The backend, as `arguments.around` describes it. ``chunk_size`` is an upper limit here.
+
+    Raises:
+      BackendUnavailable: a package is missing.
+      ValueError: the state has more than 128 numbers a channel.
+    """
+    require()
+    batch, time, channels = arguments.x.shape
+    state = arguments.A.shape[1]
+    if state > triton_plan.LARGEST_STATE:
+        raise ValueError(f'A: {state} states a channel, and backend "triton" takes at most {triton_plan.LARGEST_STATE}')
+    reset = None if arguments.reset is None else arguments.reset.astype(jnp.int8)
+    inputs = Inputs(*vary_alike(tuple(arguments._replace(reset=reset))))
+    plan = triton_plan.make_plan(batch, time, channels, state, arguments.dtype == jnp.float64, chunk_size)
+    return _scan(plan, dt_softplus, inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(plan: Plan, dt_softplus: bool, inputs: Inputs):
+    y, final, _ = triton_plan.forward(run, inputs, dt_softplus, plan, keep=False)
+    return y, final
+
+
+def _forward(plan, dt_softplus, inputs):
+    y, final, borders = triton_plan.forward(run, inputs, dt_softplus, plan, keep=True)
+    return (y, final), (inputs, borders)
+
+
+def _backward(plan, dt_softplus, residuals, cotangents):
+    inputs, borders = residuals
+    gradients = triton_plan.backward(run, inputs, dt_softplus, plan, borders, *cotangents)
+
+    def as_given(array, gradient):
+        if array is None or array.dtype == jnp.int8:
+            return None
+        return jnp.zeros_like(array) if gradient is None else gradient.astype(array.dtype)
+
+    return (Inputs(*map(as_given, inputs, gradients)),)
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def run(launch: Launch) -> tuple[jax.Array, ...]:
+    """The outputs of a launch, varying over mesh axes as its inputs do: jax-triton does not say so itself."""
+    outputs, axes = _call(launch), tuple(sorted(varying_axes(launch.inputs)))
+    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)
+
+
+def _call(launch: Launch) -> list[jax.Array]:
+    import jax_triton
+
+    from lcx_kernels.selective_scan import triton_kernels
+
+    return jax_triton.triton_call(
+        *launch.inputs,
+        *launch.scalars,
+        kernel=getattr(triton_kernels, launch.kernel),
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs],
+        grid=(launch.programs,),
+        name=f"selective_scan_{launch.kernel}",
+        num_warps=launch.warps,
+        num_stages=1,
+        compute_capability=None if jax.default_backend() == "gpu" else _COMPUTE_CAPABILITY,
+        **launch.constants,
+    )
