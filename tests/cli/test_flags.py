@@ -143,7 +143,8 @@ def test_the_list_of_verbs(words, capsys):
 
 def test_an_unknown_verb(capsys):
     assert main(["trian"]) == 2
-    assert capsys.readouterr() == ("", 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train.\n')
+    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train.\n'
+    assert capsys.readouterr() == ("", said)
 
 
 def modules_after(code):
