@@ -54,8 +54,8 @@ def causal_conv(
     dtype = jnp.result_type(jnp.float32, *(array for array in (x, weight, bias, tail) if array is not None))
     if tail is None:
         tail = jnp.broadcast_to(jnp.zeros_like(x[:, :1]), (batch, width - 1, channels))
-    tokens = jnp.concatenate([tail.astype(dtype), x.astype(dtype)], axis=1)
-    y = _CONVS[name](tokens, weight.astype(dtype), lookback)
-    if bias is not None:
-        y = y + bias.astype(dtype)
+    tokens = jnp.concatenate([tail.astype(jnp.result_type(x, tail)), x.astype(jnp.result_type(x, tail))], axis=1)
+    weight = weight.astype(dtype)
+    bias = jnp.zeros_like(weight[:, 0]) if bias is None else bias.astype(dtype)
+    y = _CONVS[name](tokens, weight, bias, lookback)
     return y.astype(x.dtype), tokens[:, time:].astype(tail.dtype)
