@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from lcx.cli.flags import Flag, parse
 from lcx.errors import UserError, suggest
+from lcx.files import write_bytes, write_json
 
 SUMMARY = "Times lcx beside its alternatives in one run: lcx benchmark kernels. Machines are noisy: trust the ratios."
 FLAGS = [
@@ -22,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     if len(suites) != 1 or suites[0] not in SUITES:
         name = suites[0] if suites else ""
         raise UserError(f'lcx benchmark: say which suite, not "{name}": {suggest(name, SUITES)}')
+    folder = None if values.out is None else _folder(values.out)  # before minutes are spent
     from lcx.benchmarks import harness  # takes seconds: JAX
     from lcx.benchmarks.kernels import scan_results
 
@@ -31,10 +34,18 @@ def main(argv: Sequence[str]) -> int:
     for result in results:
         if result.details:
             print(f"{result.name}: {json.dumps(result.details)}")
-    if values.out:
-        folder = Path(values.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"format_version": 1, "machine": harness.machine(), "results": [vars(result) for result in results]}
-        (folder / f"{suites[0]}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / f"{suites[0]}.md").write_text(report)
+    if folder is not None:
+        record = {"machine": harness.machine(), "results": [vars(result) for result in results]}
+        write_json(folder / f"{suites[0]}.json", record)
+        write_bytes(folder / f"{suites[0]}.md", report.encode())
     return 0
+
+
+def _folder(path: str) -> epath.Path:
+    """The folder, made if it is not there. Raises UserError where it cannot be."""
+    folder = epath.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror}.") from error
+    return folder

@@ -3,11 +3,13 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
 from lcx.benchmarks import kernels
 from lcx.benchmarks.harness import Result, Timing, markdown, ratio, take_turns
 from lcx.cli.main import main
+from lcx_kernels.selective_scan import selective_scan
 
 
 def test_contestants_take_turns():
@@ -42,6 +44,13 @@ def test_the_verb_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     assert "| a | 4 x |" in (tmp_path / "report" / "kernels.md").read_text()
 
 
+def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "scan_results", lambda rounds: [Result("a", 1.0, "x")])
+    (tmp_path / "file").write_text("")
+    assert main(["benchmark", "kernels", f"--out={tmp_path}/file"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["kernel"], ["kernels", "train"]])
 def test_an_unknown_suite_is_named(words, capsys):
     assert main(["benchmark", *words]) == 2
@@ -49,10 +58,6 @@ def test_an_unknown_suite_is_named(words, capsys):
 
 
 def test_the_peer_computes_the_same():
-    import numpy as np
-
-    from lcx_kernels.selective_scan import selective_scan
-
     arguments = {
         name: array[:, :40] if array.ndim == 3 else array for name, array in kernels.scan_arguments(1, 64).items()
     }
