@@ -4,6 +4,7 @@ Of XLA's code generators for CPU the tests take the older one, without optimisat
 The runs of tests/drills are processes of their own and use what users get.
 """
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -13,10 +14,10 @@ CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gpu, where there is one
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jax") < "0.11":  # later ones have one generator, and end at a flag they do not know
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # What compiled once is read again by the next run; a cache that cannot be written or read is only slower.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
