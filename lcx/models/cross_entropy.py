@@ -5,13 +5,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lcx.parallel.sharding import constrain, time_shards
+
 
 def token_losses(
     logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and log of the softmax denominator of each token.
 
-    Time is cut into chunks; each chunk's logits are made, reduced and dropped, and made again for the gradient.
+    Time is cut into chunks; each chunk's logits are made, reduced and dropped, and made again for the gradient. Where
+    time is cut over devices, a chunk has as many tokens of each device, so that all work on every chunk.
 
     Args:
       logits: from hidden [batch, time, d_model] to [batch, time, vocab_size], at least float32.
@@ -22,12 +25,20 @@ def token_losses(
     Returns: (cross-entropy in nats [batch, time], log denominator [batch, time]), in the dtype of the logits.
     """
     batch, time = targets.shape
-    size = min(chunk_size, time)
-    count = -(-time // size)
+    shards = time_shards(time)
+    size = min(max(1, chunk_size // shards), time // shards)
+    count = -(-(time // shards) // size)
 
     def chunked(array: jax.Array) -> jax.Array:
-        padded = jnp.pad(array, [(0, 0), (0, count * size - time)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *array.shape[2:]), 1, 0)
+        by_shard = array.reshape(batch, shards, time // shards, *array.shape[2:])
+        padded = jnp.pad(by_shard, [(0, 0), (0, 0), (0, count * size - time // shards)] + [(0, 0)] * (array.ndim - 2))
+        chunks = jnp.moveaxis(padded.reshape(batch, shards, count, size, *array.shape[2:]), 2, 0)
+        chunks = chunks.reshape(count, batch, shards * size, *array.shape[2:])
+        return constrain(chunks, (None, "batch", "time", None)[: chunks.ndim])
+
+    def joined(chunks: jax.Array) -> jax.Array:
+        by_shard = jnp.moveaxis(chunks.reshape(count, batch, shards, size), 0, 2)
+        return by_shard.reshape(batch, shards, count * size)[:, :, : time // shards].reshape(batch, time)
 
     @jax.checkpoint
     def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -38,4 +49,4 @@ def token_losses(
         return None, (log_denominator - target_score, log_denominator)
 
     _, losses = jax.lax.scan(chunk_losses, None, (chunked(hidden), chunked(targets)))
-    return tuple(jnp.moveaxis(array, 0, 1).reshape(batch, count * size)[:, :time] for array in losses)
+    return tuple(map(joined, losses))

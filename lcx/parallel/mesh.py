@@ -29,8 +29,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise UserError(
             f"mesh: {described} does not fill the {devices} visible devices; their product must be {devices}."
         )
-    if sizes["seq"] > 1:
-        raise UserError("mesh.seq: sharding time over devices is not available yet; use mesh.seq=1.")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

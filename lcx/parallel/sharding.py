@@ -52,6 +52,12 @@ def ambient_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def time_shards(time: int) -> int:
+    """How many pieces the ambient mesh cuts a sequence of that many tokens into; 1 where it does not divide."""
+    mesh = ambient_mesh()
+    return 1 if mesh is None else shards(divisible_spec((time,), ("time",), mesh)[0], mesh)
+
+
 def activation_sharding(axes: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an activation, or of a batch's array, with these logical axes."""
     return NamedSharding(mesh, spec(axes, ACTIVATION_RULES, mesh))

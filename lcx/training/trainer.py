@@ -60,6 +60,11 @@ def make_program(config: Config) -> Program:
             f"train.batch_size={rows} does not divide over {batch_shards(mesh)} devices (mesh.data times mesh.fsdp) "
             f"and train.accumulate={config.train.accumulate}; make it a multiple of {pieces}."
         )
+    if config.train.sequence_length % mesh.shape["seq"]:
+        raise UserError(
+            f"train.sequence_length={config.train.sequence_length} does not divide over mesh.seq={mesh.shape['seq']}; "
+            "make it a multiple of that."
+        )
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
     abstract = abstract_state(plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
