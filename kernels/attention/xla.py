@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, visible
+from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, band, sides, visible
 
 # Runs that a causal triangle is cut into: n runs compute (n + 1) / n of the triangle. A run has two blocks if it can,
 # because a loop reuses its memory, and writing to fresh memory costs more here than the scores that are masked.
@@ -29,8 +30,8 @@ CHUNK_SIZES = (128, 64, 32)
 SCORES_PER_BLOCK = 2**20
 
 
-class Static(NamedTuple):
-    """What a call knows while tracing."""
+class Plan(NamedTuple):
+    """What is known while tracing."""
 
     band: Band
     scale: float
@@ -48,65 +49,53 @@ class Run(NamedTuple):
     extent: int
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Queries,
-    keys: Keys,
-    band: Band,
-    *,
-    scale: float,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators.
-
-    The arguments are those of ``api.attention`` after normalisation.
-    """
+def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:
+    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators."""
+    q, k, v = arguments[:3]
     batch, time, heads, _ = q.shape
-    chunk_size = chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], band)
+    known = band(static)
+    chunk_size = static.chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], known)
     chunk_size = math.ceil(time / math.ceil(time / chunk_size))  # as even as can be, which pads least
-    return _attention(Static(band, scale, softcap, chunk_size), q, k, v, queries, keys)
+    return _attention(Plan(known, static.scale, static.softcap, chunk_size), q, k, v, *sides(arguments, static))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, q, k, v, queries: Queries, keys: Keys):
-    return _forward(static, q, k, v, queries, keys)
+def _attention(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    return _forward(plan, q, k, v, queries, keys)
 
 
-def _forward(static: Static, q, k, v, queries: Queries, keys: Keys):
+def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
     time, heads = q.shape[1:3]
-    blocks = _split_queries(q, k.shape[2], static), _split_rows(queries, static.chunk_size)
+    blocks = _split_queries(q, k.shape[2], plan), _split_rows(queries, plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
     def block(_, block_and_start, extent):
         (q_block, queries_block), start = block_and_start
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        return None, _forward_block(q_block, k_part, v_part, queries_block, keys_part, static.softcap)
+        return None, _forward_block(q_block, k_part, v_part, queries_block, keys_part, plan.softcap)
 
     pieces = []
-    for run in _runs(static, time, k.shape[2]):
+    for run in _runs(plan, time, k.shape[2]):
         pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, blocks, run)[1])
     out, log_sum_exp = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     return _join_heads(out, time, heads), _join_heads(log_sum_exp[..., None], time, heads)[..., 0]
 
 
-def _forward_with_residuals(static: Static, q, k, v, queries: Queries, keys: Keys):
-    results = _forward(static, q, k, v, queries, keys)
+def _forward_with_residuals(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    results = _forward(plan, q, k, v, queries, keys)
     return results, (q, k, v, queries, keys, *results)
 
 
-def _backward(static: Static, residuals, cotangents):
+def _backward(plan: Plan, residuals, cotangents):
     q, k, v, queries, keys, out, log_sum_exp = residuals
     d_out, d_log_sum_exp = cotangents
     time, heads, kv_heads = *q.shape[1:3], k.shape[2]
     # The derivative of the loss in a score is p (v.d_out - shift): d out gives out.d_out, d log_sum_exp gives p itself.
     shift = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
-    rows = [_split_heads(x[..., None], kv_heads, static.chunk_size)[..., 0] for x in (log_sum_exp, shift)]
+    rows = [_split_heads(x[..., None], kv_heads, plan.chunk_size)[..., 0] for x in (log_sum_exp, shift)]
     blocks = (
-        (_split_queries(q, kv_heads, static), _split_heads(d_out, kv_heads, static.chunk_size), *rows),
-        _split_rows(queries, static.chunk_size),
+        (_split_queries(q, kv_heads, plan), _split_heads(d_out, kv_heads, plan.chunk_size), *rows),
+        _split_rows(queries, plan.chunk_size),
     )
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
@@ -114,15 +103,15 @@ def _backward(static: Static, residuals, cotangents):
     def block(sums, block_and_start, extent):
         (arrays, queries_block), start = block_and_start
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        dq, *parts = _backward_block(*arrays, k_part, v_part, queries_block, keys_part, static.softcap)
+        dq, *parts = _backward_block(*arrays, k_part, v_part, queries_block, keys_part, plan.softcap)
         return tuple(_add_at(total, part, start) for total, part in zip(sums, parts, strict=True)), dq
 
     sums = jnp.zeros_like(k), jnp.zeros_like(v)
     pieces = []
-    for run in _runs(static, time, k.shape[2]):
+    for run in _runs(plan, time, k.shape[2]):
         sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, blocks, run)
         pieces.append(piece)
-    dq = _join_heads(jnp.moveaxis(jnp.concatenate(pieces), 3, -1) * static.scale, time, heads)
+    dq = _join_heads(jnp.moveaxis(jnp.concatenate(pieces), 3, -1) * plan.scale, time, heads)
     dk, dv = (jnp.swapaxes(x, 1, 2) for x in sums)
     return *(x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True)), None, None
 
@@ -185,9 +174,9 @@ def _default_chunk_size(rows: int, time: int, keys: int, band: Band) -> int:
     return next(filter(fits, CHUNK_SIZES), CHUNK_SIZES[-1])
 
 
-def _runs(static: Static, time: int, keys: int) -> list[Run]:
+def _runs(plan: Plan, time: int, keys: int) -> list[Run]:
     """Cut the blocks of queries into runs, so that no block meets many more keys than it sees."""
-    (offset, reach), chunk_size = static.band, static.chunk_size
+    (offset, reach), chunk_size = plan.band, plan.chunk_size
     num_blocks = math.ceil(time / chunk_size)
     if offset is None:
         return [Run(0, num_blocks, 0, 0, keys)]
@@ -233,8 +222,8 @@ def _heads_first(x):
     return jnp.swapaxes(x, 1, 2).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split_queries(q, kv_heads: int, static: Static):
-    return _split_heads(q, kv_heads, static.chunk_size) * static.scale
+def _split_queries(q, kv_heads: int, plan: Plan):
+    return _split_heads(q, kv_heads, plan.chunk_size) * plan.scale
 
 
 def _split_heads(x, kv_heads: int, chunk_size: int):

@@ -50,6 +50,10 @@ class ScanSummary(NamedTuple):
         decay = jnp.exp(self.dt_sum[:, :, None] * A)
         return jnp.where(self.reset[:, None, None], jnp.zeros_like(decay), decay)
 
+    def apply(self, initial: jax.Array | None, A: jax.Array) -> jax.Array:
+        """The state after the stretch, [batch, channels, state], from that before it; None is zero."""
+        return self.state if initial is None else self.decay(A) * initial + self.state
+
     def then(self, later: "ScanSummary", A: jax.Array) -> "ScanSummary":
         """The summary of this stretch followed by ``later``."""
         return ScanSummary(

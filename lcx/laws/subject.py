@@ -1,18 +1,21 @@
 """What the laws are applied to: a sequence function with parameters, and its pullback."""
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from lcx.config import ModelConfig
 from lcx.mixers import Context, Mixer, ModelDims
 from lcx.models import LanguageModel
-from lcx.params import create
+from lcx.parallel.sharding import divisible_spec, parameter_shardings
+from lcx.params import create, declarations
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Subject:
     """A mixer as a pure function of its parameters.
 
     `batch_axis` is the batch's axis in the state's arrays: 0 in a mixer, 1 in a stack, whose states are stacked over
-    the periods.
+    the periods. It computes where its caller does, or on a mesh of its own (`on`).
     """
 
     name: str
@@ -42,6 +45,8 @@ class Subject:
     dtype: str
     batch_axis: int = 0
     positive: Callable[[tuple], bool] = lambda path: False  # of a leaf of the state: it holds no negative numbers
+    declared: dict | None = None  # the parameters' `Declaration`s, from which their layout on a mesh follows
+    mesh: Mesh | None = None
     _compiled: dict = field(default_factory=dict, compare=False)
 
     def pull(self, x: np.ndarray, state: Any, context: Context, dy: np.ndarray, dstate: Any = None) -> Pull:
@@ -56,7 +61,27 @@ class Subject:
             self._compiled["pull"] = jax.jit(self._pull)
         if dstate is None:  # zeros rather than another program
             dstate = jax.tree.map(np.zeros_like, state)
-        return Pull(*jax.device_get(self._compiled["pull"](self.params, x, state, context, dy, dstate)))
+        if self.mesh is None:
+            return Pull(*jax.device_get(self._compiled["pull"](self.params, x, state, context, dy, dstate)))
+        tokens, states = ("batch", "time"), (None,) * self.batch_axis + ("batch",)
+        places = zip((x, state, context, dy, dstate), (tokens, states, tokens, tokens, states), strict=True)
+        with jax.set_mesh(self.mesh):
+            arguments = [self._placed(tree, axes) for tree, axes in places]
+            return Pull(*jax.device_get(self._compiled["pull"](self.params, *arguments)))
+
+    def on(self, mesh: Mesh) -> Self:
+        """The same subject on a mesh, with parameters and inputs laid out as in a run."""
+        shardings = parameter_shardings(self.params, self.declared, mesh)
+        return replace(self, mesh=mesh, params=jax.device_put(self.params, shardings))
+
+    def _placed(self, tree: Any, axes: tuple[str | None, ...]) -> Any:
+        """Arrays on the mesh, by the logical axes that they begin with."""
+
+        def place(leaf: np.ndarray) -> jax.Array:
+            known = (*axes, *[None] * leaf.ndim)[: leaf.ndim]
+            return jax.device_put(leaf, NamedSharding(self.mesh, divisible_spec(leaf.shape, known, self.mesh)))
+
+        return jax.tree.map(place, tree)
 
     def take_rows(self, state: Any, rows: Any) -> Any:
         """The given rows of a state, in the given order."""
@@ -81,19 +106,22 @@ class Subject:
 def mixer_subject(name: str, mixer: type[Mixer], options: dict, dtype: str, d_model: int = 32) -> Subject:
     """A single mixer, made small, in float32 or float64 throughout."""
     dims = ModelDims(d_model, sublayers=2, param_dtype=jnp.dtype(dtype), compute_dtype=jnp.dtype(dtype))
-    graphdef, params = create(lambda: mixer(mixer.Options(**options), dims, nnx.Rngs(0)))
+    make = lambda: mixer(mixer.Options(**options), dims, nnx.Rngs(0))  # noqa: E731
+    graphdef, params = create(make)
 
     def apply(params: dict, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         return nnx.merge(graphdef, params)(x, state, context)[:2]
 
     init_state = nnx.merge(graphdef, params).init_state
     positive = lambda path: path[-1].key in mixer.positive_state  # noqa: E731
-    return Subject(name, apply, spread(params), init_state, d_model, dtype, positive=positive)
+    declared = declarations(nnx.eval_shape(make))
+    return Subject(name, apply, spread(params), init_state, d_model, dtype, positive=positive, declared=declared)
 
 
 def stack_subject(name: str, config: ModelConfig) -> Subject:
     """The stack of a language model; parameters and activations have the config's dtypes."""
-    graphdef, params = create(lambda: LanguageModel(config, nnx.Rngs(0)).stack)
+    make = lambda: LanguageModel(config, nnx.Rngs(0)).stack  # noqa: E731
+    graphdef, params = create(make)
 
     def apply(params: dict, x: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         return nnx.merge(graphdef, params)(x, state, context)[:2]
@@ -104,8 +132,17 @@ def stack_subject(name: str, config: ModelConfig) -> Subject:
         layer, mixer, name, *_ = (entry.key for entry in path)
         return name in stack.layers[layer].mixers[mixer].positive_state
 
-    dtype, values = config.param_dtype, spread(params)
-    return Subject(name, apply, values, stack.init_state, config.d_model, dtype, batch_axis=1, positive=positive)
+    return Subject(
+        name,
+        apply,
+        spread(params),
+        stack.init_state,
+        config.d_model,
+        config.param_dtype,
+        batch_axis=1,
+        positive=positive,
+        declared=declarations(nnx.eval_shape(make)),
+    )
 
 
 def spread(params: dict) -> dict:

@@ -10,9 +10,20 @@ from flax import nnx
 
 from lcx.layers.initializers import Normal
 from lcx.mixers.base import Aux, Context, ModelDims, State
-from lcx.mixers.heads import KEY, QUERY, TAIL, TOKEN, GroupedHeads, HeadOptions, visible_pairs
-from lcx.mixers.sinks import add_sinks, find_sinks, hidden_sinks
-from lcx.parallel.sequence import halo
+from lcx.mixers.heads import (
+    KEY,
+    QUERY,
+    TAIL,
+    TOKEN,
+    GroupedHeads,
+    HeadOptions,
+    documents,
+    tail_documents,
+    visible_pairs,
+)
+from lcx.mixers.sinks import add_sinks, find_sinks, hidden_sinks, pass_sinks
+from lcx.parallel.kernels import attend
+from lcx.parallel.sequence import halo, last
 from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.attention import attention, select_backend
@@ -28,6 +39,8 @@ class AttentionOptions(HeadOptions):
     # A logit that joins the softmax's denominator: "logit" is trained, one a head; "zero" is softmax-off-by-one.
     sink: Literal["logit", "zero"] | None = None
     sink_tokens: int = limited(0, minimum=0)  # first tokens of each document that a window does not hide
+    # How devices that share a sequence see each other's keys, without a window: round a ring, or each gathers all.
+    exchange: Literal["ring", "gather"] = "ring"
 
 
 class Attention(GroupedHeads):
@@ -71,26 +84,31 @@ class Attention(GroupedHeads):
         window, backend, count = self.options.window, self.options.backend, self.options.sink_tokens
         past = state or {}
 
-        def local(query, far_query, key, value, positions, lookback, sinks, key_tail, value_tail, sink_key, sink_value):
+        def local(
+            query, far_query, key, value, positions, lookback, document, sinks,
+            key_tail, value_tail, document_tail, sink_key, sink_value,
+        ):  # fmt: skip
             keys, key_tail = halo(key, key_tail, window - 1)
             values, value_tail = halo(value, value_tail, window - 1)
+            key_document, _ = halo(document, document_tail, window - 1)
             out, log_sum_exp = attention(
                 query,
                 keys,
                 values,
                 window=window,
-                lookback=lookback,
+                segment_ids=(document, key_document),
                 offset=keys.shape[1] - query.shape[1],
                 backend=backend,
             )
             held = ()
             if count:
+                sink_key, sink_value = pass_sinks(key, value, sink_key, sink_value, positions)
                 first, held = find_sinks(key, value, sink_key, sink_value, positions)
                 seen = hidden_sinks(positions, lookback, window, count)
                 out, log_sum_exp = add_sinks(out, log_sum_exp, far_query, first, seen)
             if sinks is not None:
                 out = out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]
-            return (out.astype(query.dtype), key_tail, value_tail, *held)
+            return (out.astype(query.dtype), key_tail, value_tail, *last(held))
 
         # A sink stands where the rolling cache has it: never farther than the cache is long.
         nearest = jnp.minimum(context.positions, count + window - 1)
@@ -106,14 +124,17 @@ class Attention(GroupedHeads):
                 value=value,
                 positions=context.positions,
                 lookback=context.lookback,
+                document=documents(context.lookback),
                 sinks=self._sinks(),
                 key_tail=past.get("key"),
                 value_tail=past.get("value"),
+                document_tail=tail_documents(context.lookback, window - 1) if past else None,
                 sink_key=sink_past("sink_key"),
                 sink_value=sink_past("sink_value"),
             ),
-            dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, sinks=("heads",))
-            | dict(key_tail=TAIL, value_tail=TAIL, sink_key=TAIL, sink_value=TAIL),
+            dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, document=TOKEN)
+            | dict(key_tail=TAIL, value_tail=TAIL, document_tail=TAIL[:2], sink_key=TAIL, sink_value=TAIL)
+            | dict(sinks=("heads",)),
             ((query.shape, QUERY), (tail, TAIL), (tail, TAIL)) + ((kept, TAIL), (kept, TAIL))[: 2 * bool(count)],
         )
         names = ("key", "value", "sink_key", "sink_value")
@@ -123,23 +144,27 @@ class Attention(GroupedHeads):
         self, query: jax.Array, key: jax.Array, value: jax.Array, state: State | None, context: Context
     ) -> tuple[jax.Array, State]:
         """The keys are all that the row has had, in the order of the row."""
-        backend = self.options.backend
-        query = self.rotated(query, context.positions)
-        arrays = dict(query=query, lookback=context.lookback, sinks=self._sinks())
-        axes = dict(query=QUERY, lookback=TOKEN, sinks=("heads",), key=KEY, value=KEY, row_index=TOKEN)
-        if state is not None:
-            key = _write(state["key"], key, context.length)
-            value = _write(state["value"], value, context.length)
-            arrays["row_index"] = context.row_index
+        backend, exchange = self.options.backend, self.options.exchange
+        query, document = self.rotated(query, context.positions), documents(context.lookback)
+        arrays = dict(query=query, key=key, value=value, document=document, sinks=self._sinks())
+        axes = dict(query=QUERY, key=KEY, value=KEY, document=TOKEN, sinks=("heads",))
 
-        def local(query, key, value, lookback, sinks, row_index=None):
-            settings = dict(lookback=lookback, sinks=sinks, backend=backend)
-            if row_index is None:
-                return attention(query, key, value, offset=0, **settings)[:1]
-            slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), (key.shape[0], key.shape[1]))
-            return attention(query, key, value, positions=(row_index, slots), **settings)[:1]
+        def from_nothing(query, key, value, document, sinks):
+            return (attend(query, key, value, document, sinks, exchange=exchange, backend=backend),)
 
-        (out,) = context.shard.kernel(local, arrays | dict(key=key, value=value), axes, ((query.shape, QUERY),))
+        def from_cache(query, key, value, document, key_document, sinks, row_index):
+            slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key_document.shape)
+            alignment = dict(positions=(row_index, slots), segment_ids=(document, key_document))
+            return attention(query, key, value, **alignment, sinks=sinks, backend=backend)[:1]
+
+        if state is not None:  # every device that shares the sequence holds all of the cache
+            arrays["key"] = key = _write(state["key"], key, context.length)
+            arrays["value"] = value = _write(state["value"], value, context.length)
+            held = _held_documents(context, key.shape[1])
+            arrays |= dict(key_document=_write(held, document, context.length), row_index=context.row_index)
+            axes |= dict(key=TAIL, value=TAIL, key_document=TAIL[:2], row_index=TOKEN)
+        local = from_nothing if state is None else from_cache
+        (out,) = context.shard.kernel(local, arrays, axes, ((query.shape, QUERY),))
         return out, {"key": key, "value": value}
 
     def init_state(self, batch_size: int, max_length: int) -> State:
@@ -160,6 +185,12 @@ class Attention(GroupedHeads):
         if window is not None:  # sink j is hidden by the window from token j + window on
             pairs += sum(max(0, tokens - sink - window) for sink in range(self.options.sink_tokens))
         return self.projection_flops(tokens) + self.pair_flops(pairs)
+
+
+def _held_documents(context: Context, capacity: int) -> jax.Array:
+    """int32 [batch, capacity]: the documents of the slots before the chunk, as of `tail_documents`; after them, 0."""
+    distance = context.length[:, None] - jnp.arange(capacity, dtype=jnp.int32)
+    return ((distance > 0) & (distance <= context.lookback[:, :1])).astype(jnp.int32)
 
 
 def _write(cache: jax.Array, chunk: jax.Array, length: jax.Array) -> jax.Array:

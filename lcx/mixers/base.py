@@ -105,6 +105,9 @@ class Mixer(nnx.Module):
     examples: ClassVar[Mapping[str, Mapping[str, Any]]]
     # Arrays of the state that never hold a negative number, for whoever makes up a state (the laws do).
     positive_state: ClassVar[frozenset[str]] = frozenset()
+    # Laws that it breaks by nature, of "causality", "continuation", "isolation", "sharding" and "backend": a scaling of
+    # positions by the total length breaks "continuation". The laws' tests check that it breaks these and no others.
+    lawful_except: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any, dims: ModelDims, rngs: nnx.Rngs):
         """Makes the parameters. Raises UserError for options that do not fit `dims`."""

@@ -8,6 +8,7 @@ the cache is long. Here that is one more set of keys for each query, merged with
 import jax
 import jax.numpy as jnp
 
+from lcx.parallel.sequence import pass_state
 from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP
 
 Pair = tuple[jax.Array, jax.Array]
@@ -41,6 +42,27 @@ def find_sinks(
 
     (key, last_key), (value, last_value) = take(key, past_key), take(value, past_value)
     return (key, value), (last_key, last_value)
+
+
+def pass_sinks(
+    key: jax.Array, value: jax.Array, past_key: jax.Array, past_value: jax.Array, positions: jax.Array
+) -> Pair:
+    """The past keys and values for this shard of time, arguments as of `find_sinks`; those given are the sequence's."""
+
+    def summarize() -> tuple[jax.Array, Pair]:
+        _, held = find_sinks(key, value, jnp.zeros_like(past_key), jnp.zeros_like(past_value), positions)
+        sink = jnp.arange(past_key.shape[1], dtype=jnp.int32)
+        before = positions[:, -1:] - sink >= positions.shape[1]  # the last document's sink came before this shard
+        return before[:, :, None, None], held
+
+    def apply(found: tuple[jax.Array, Pair], past: Pair) -> Pair:
+        before, held = found
+        return tuple(jnp.where(before, a, b.astype(a.dtype)) for a, b in zip(past, held, strict=True))
+
+    def then(early: tuple[jax.Array, Pair], late: tuple[jax.Array, Pair]) -> tuple[jax.Array, Pair]:
+        return early[0] & late[0], apply(late, early[1])
+
+    return pass_state(summarize, (past_key, past_value), then, apply)
 
 
 def hidden_sinks(positions: jax.Array, lookback: jax.Array, window: int, count: int) -> jax.Array:

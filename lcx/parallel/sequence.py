@@ -41,6 +41,12 @@ def shift(tree: Any, axis: MeshAxis, distance: int, wrap: bool = False) -> Any:
     return jax.tree.map(lambda array: jax.lax.ppermute(array, axis, pairs), tree)
 
 
+def before(x: jax.Array, tail: jax.Array | None, width: int) -> jax.Array | None:
+    """The `width` tokens before this shard, [batch, width, ...]; see `halo`. The tail itself where it is everything."""
+    axis = time_axis()
+    return tail if axis is None else _before(x, tail, width, axis)
+
+
 def halo(x: jax.Array, tail: jax.Array | None, width: int) -> tuple[jax.Array, jax.Array]:
     """The tokens before this shard, put in front of it.
 

@@ -23,12 +23,32 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics), to be jitted with the state donated.
 
     Metrics are scalars, but for "histograms": arrays of the mixers' by name, shown as such.
+    """
+    shape = schedule_shape(config.optimizer, config.train.steps)
+    differentiate = make_gradients(config, plan)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics = differentiate(state.params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {
+            "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.int32),
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": config.optimizer.learning_rate * shape(state.step),
+            "batch_hash": batch_hash(batch),
+        }
+        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng), metrics
+
+    return step
+
+
+def make_gradients(config: Config, plan: Blueprint) -> Callable[[dict, Batch], tuple[dict, Metrics]]:
+    """The function (parameters, batch) -> (gradients of the loss, metrics: "loss" and the mixers').
 
     The loss is the mean over the tokens of the whole batch, by their weights, however many pieces the batch is
     accumulated from and whichever of them hold no token that counts.
     """
     accumulate = config.train.accumulate
-    shape = schedule_shape(config.optimizer, config.train.steps)
 
     def loss(params: dict, batch: Batch, total_weight: jax.Array) -> tuple[jax.Array, Metrics]:
         model = plan.model(params)
@@ -41,27 +61,23 @@ def make_train_step(
             total += value / accumulate
         return total, {"loss": accumulate * mean, "histograms": histograms(aux)} | collect(aux, "metrics")
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tiny = jnp.finfo(batch["loss_weights"].dtype).tiny
-        total_weight = jnp.maximum(jnp.sum(batch["loss_weights"]), tiny)
+    def differentiate(params: dict, batch: Batch) -> tuple[dict, Metrics]:
+        weight = total_weight(batch["loss_weights"])
 
         def add(gradients: dict, piece: Batch) -> tuple[dict, Metrics]:
-            new, metrics = jax.grad(loss, has_aux=True)(state.params, piece, total_weight)
+            new, metrics = jax.grad(loss, has_aux=True)(params, piece, weight)
             return jax.tree.map(jnp.add, gradients, new), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         gradients, metrics = jax.lax.scan(add, zeros, _pieces(batch, accumulate))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = jax.tree.map(lambda piece: jnp.mean(piece, axis=0), metrics) | {
-            "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.int32),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": config.optimizer.learning_rate * shape(state.step),
-            "batch_hash": batch_hash(batch),
-        }
-        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng), metrics
+        return gradients, jax.tree.map(lambda piece: jnp.mean(piece, axis=0), metrics)
 
-    return step
+    return differentiate
+
+
+def total_weight(weights: jax.Array) -> jax.Array:
+    """What the weights of all tokens of a batch are divided by: their sum, or next to nothing where there are none."""
+    return jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
 
 
 def collect(aux: dict, kind: str) -> Metrics:

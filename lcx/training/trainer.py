@@ -54,6 +54,15 @@ def make_program(config: Config) -> Program:
     """Builds the model abstractly on the mesh of the visible devices. Raises UserError for what cannot be trained."""
     plan = blueprint(config)
     mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
+    abstract = abstract_state(plan, optimizer, mesh)
+    step = make_train_step(config, plan, optimizer)
+    return Program(config, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where a batch does not divide over the mesh."""
     rows, pieces = config.train.batch_size, batch_shards(mesh) * config.train.accumulate
     if rows % pieces:
         raise UserError(
@@ -65,10 +74,6 @@ def make_program(config: Config) -> Program:
             f"train.sequence_length={config.train.sequence_length} does not divide over mesh.seq={mesh.shape['seq']}; "
             "make it a multiple of that."
         )
-    optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
-    abstract = abstract_state(plan, optimizer, mesh)
-    step = make_train_step(config, plan, optimizer)
-    return Program(config, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
 
 
 def lower_step(program: Program) -> jax.stages.Lowered:

@@ -143,7 +143,7 @@ def test_the_list_of_verbs(words, capsys):
 
 def test_an_unknown_verb(capsys):
     assert main(["trian"]) == 2
-    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train.\n'
+    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train, verify.\n'
     assert capsys.readouterr() == ("", said)
 
 
@@ -160,6 +160,7 @@ def modules_after(code):
         "import lcx.cli.main; sys.exit(lcx.cli.main.main(['--help']))",
         "import lcx.cli.main; sys.exit(lcx.cli.main.main(['train', '--help']))",
         "import lcx.cli.main; sys.exit(lcx.cli.main.main(['generate', '--help']))",
+        "import lcx.cli.main; sys.exit(lcx.cli.main.main(['verify', '--help']))",
         f"import lcx.config; lcx.config.load_config({str(ROOT / 'configs/quickstart.py')!r})",
     ],
 )

@@ -74,7 +74,7 @@ def test_mamba_starts_as_the_paper_does():
         "in_proj": (mamba.in_proj.weight, 1 / math.sqrt(256)),
         "x_proj": (mamba.x_proj.weight, 1 / math.sqrt(512)),
         "dt_proj": (mamba.dt_proj, 1 / math.sqrt(16)),
-        "conv": (mamba.conv_weight, 0.5),
+        "conv": (mamba.conv.weight, 0.5),
         "out_proj": (mamba.out_proj.weight, 1 / math.sqrt(512) / math.sqrt(8)),
     }
     for name, (weight, bound) in bounds.items():

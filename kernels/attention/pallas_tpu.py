@@ -1,0 +1,6 @@
+def attention(arguments, static):
+    raise NotImplementedError
+
+
+def refusal(arguments, static):
+    return "stub"

@@ -1,0 +1,37 @@
+"""Sharding: outputs, loss and gradients are the same under every mesh."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lcx.laws.chunk import Chunk
+from lcx.laws.measure import Deviation, deviation
+from lcx.laws.subject import Subject
+
+
+def sharding(subject: Subject, chunk: Chunk, mesh: Mesh) -> Deviation:
+    """A chunk on the mesh against the same chunk on one device.
+
+    Compares outputs, the final state and the gradients of inputs, parameters and the state at the start.
+    """
+    arguments = chunk.x, chunk.state, chunk.context, chunk.dy, chunk.dstate
+    found, expected = subject.on(mesh).pull(*arguments), subject.pull(*arguments)
+    return deviation(asdict(found), asdict(expected))
+
+
+def sharding_of(function: Callable[..., dict], arguments: tuple, shardings: tuple, mesh: Mesh) -> Deviation:
+    """Any function of arrays on the mesh against one device: a trainer's loss and gradients.
+
+    Args:
+      function: to a dict of trees of arrays, of which each entry is measured by its own norm.
+      arguments: NumPy arrays, or trees of them.
+      shardings: how they are laid out on the mesh, of the same structure.
+      mesh: whose devices take the place of one.
+    """
+    expected = jax.device_get(jax.jit(function)(*arguments))
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(function)(*jax.device_put(arguments, shardings)))
+    return deviation(found, expected)

@@ -1,0 +1,8 @@
+"""Certifies a config on a mesh: python scripts/verify.py --config=configs/samba.py --mesh=data=2,seq=4 --workdir=runs/v"""
+
+import sys
+
+from lcx.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["verify", *sys.argv[1:]]))
