@@ -1,4 +1,4 @@
-"""Certifies a config on a mesh: python scripts/verify.py --config=configs/samba.py --mesh=data=2,seq=4 --workdir=runs/v"""
+"""Certifies a config on a mesh: python scripts/verify.py --config=F --mesh=data=2,seq=4 --workdir=W"""
 
 import sys
 

@@ -1,6 +1,7 @@
 """`lcx verify`: tries a config on a mesh, before money is spent on it."""
 
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ Exit code 0: all laws hold; 1: one does not."""
 FLAGS = [
     CONFIG,
     Flag("mesh", "devices along the axes, those left out being 1: data=2,seq=4", required=True),
-    Flag("workdir", "the folder for certificate.json, of a run or any other; made where it is not there", required=True),
+    Flag("workdir", "the folder for certificate.json, that of a run or any other", required=True),
 ]
 MOST_DEVICES = 64  # that a machine without accelerators can play
 
@@ -75,20 +76,16 @@ def make_cpu_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
 
     Raises UserError for more devices than are there or can be.
     """
-    sizes = vars(config)
-    count = 1
-    for size in sizes.values():
-        count *= size
+    count = math.prod(vars(config).values())
     if count > MOST_DEVICES:
         raise UserError(
             f"--mesh: {count} devices are more than the {MOST_DEVICES} that verify makes of a CPU; certify a smaller "
             "mesh with the same axes: 2 to 8 along each."
         )
     devices = cpu_devices(count)
-    import numpy as np
-    from jax.sharding import AxisType, Mesh
+    from lcx.parallel.mesh import make_mesh
 
-    return Mesh(np.reshape(devices, tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return make_mesh(config, devices)
 
 
 def cpu_devices(count: int) -> list:

@@ -6,7 +6,7 @@ Each law takes a `Subject` (a mixer, or the stack of a model), a `Chunk` of inpu
 
 from lcx.laws.backend import backend
 from lcx.laws.causality import causality
-from lcx.laws.chunk import Chunk, Document, pack
+from lcx.laws.chunk import Chunk, Document, from_nothing, pack
 from lcx.laws.continuation import continuation, empty_state
 from lcx.laws.exceptions import LAWS, declared_exceptions
 from lcx.laws.isolation import isolation_alone, isolation_bitwise
@@ -26,6 +26,7 @@ __all__ = [
     "continuation",
     "declared_exceptions",
     "empty_state",
+    "from_nothing",
     "isolation_alone",
     "isolation_bitwise",
     "mixer_subject",

@@ -1,5 +1,6 @@
 """Causality: y[t] does not depend on x[s] for s > t."""
 
+import jax
 import numpy as np
 
 from lcx.laws.chunk import Chunk
@@ -14,8 +15,9 @@ def causality(subject: Subject, chunk: Chunk, last: int) -> Deviation:
     """
     earlier = np.arange(chunk.x.shape[1])[None, :, None] <= last
     dy = np.where(earlier, chunk.dy, 0)
-    before = subject.pull(chunk.x, chunk.state, chunk.context, dy)
-    other = subject.pull(np.where(earlier, chunk.x, -chunk.x + 1), chunk.state, chunk.context, dy)
+    dstate = jax.tree.map(np.zeros_like, chunk.dstate)
+    before = subject.pull(chunk.x, chunk.state, chunk.context, dy, dstate)
+    other = subject.pull(np.where(earlier, chunk.x, -chunk.x + 1), chunk.state, chunk.context, dy, dstate)
     leak = np.where(earlier, 0, before.x_gradient)
     moved = np.where(earlier, other.y - before.y, 0)
     zero = np.zeros_like(leak)

@@ -1,5 +1,6 @@
 """Inputs that the laws are tried on: rows packed with documents, from a state that earlier tokens left."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ class Chunk:
     """A subject's input, the state before it, and cotangents for all its results; NumPy arrays throughout."""
 
     x: np.ndarray  # [batch, time, d_model]
-    state: Any
+    state: Any  # or None
     context: Context
     dy: np.ndarray  # [batch, time, d_model]
     dstate: Any
@@ -69,6 +70,15 @@ def pack(
     fill = lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype)  # noqa: E731
     state = subject.draw_state(random, batch, max(lengths) + time)
     return Chunk(fill(x), state, context, fill(x), jax.tree.map(fill, state), tuple(documents))
+
+
+def from_nothing(subject: Subject, chunk: Chunk) -> Chunk:
+    """The same rows without a state before them. Their first documents begin there, whatever their positions say."""
+    batch, time = chunk.x.shape[:2]
+    shapes = jax.eval_shape(lambda: subject.init_state(batch, time))
+    wave = lambda leaf: np.sin(np.arange(math.prod(leaf.shape), dtype=leaf.dtype)).reshape(leaf.shape)  # noqa: E731
+    context = replace(chunk.context, length=np.zeros_like(chunk.context.length))
+    return replace(chunk, state=None, context=context, dstate=jax.tree.map(wave, shapes))
 
 
 def part(chunk: Chunk, start: int, stop: int, state: Any, dstate: Any) -> Chunk:

@@ -1,13 +1,12 @@
 """Continuation: f(a ++ b) = f(a), then f(b) from the state that a left, gradients included."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import jax
 import numpy as np
 
-from lcx.laws.chunk import Chunk, part
+from lcx.laws.chunk import Chunk, from_nothing, part
 from lcx.laws.measure import Deviation, deviation
 from lcx.laws.subject import Pull, Subject
 
@@ -36,12 +35,11 @@ def continuation(subject: Subject, chunk: Chunk, lengths: Sequence[int]) -> Devi
 
 def empty_state(subject: Subject, chunk: Chunk) -> Deviation:
     """A chunk from state None against the same chunk from `init_state`: both mean that nothing came before."""
-    batch, time = chunk.x.shape[:2]
-    context = replace(chunk.context, length=np.zeros_like(chunk.context.length))
-    empty = jax.device_get(subject.init_state(batch, time))
-    dstate = jax.tree.map(lambda leaf: np.sin(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), empty)
-    from_none = subject.pull(chunk.x, None, context, chunk.dy, dstate)
-    from_empty = subject.pull(chunk.x, empty, context, chunk.dy, dstate)
+    chunk = from_nothing(subject, chunk)
+    empty = jax.device_get(subject.init_state(*chunk.x.shape[:2]))
+    from_none, from_empty = (
+        subject.pull(chunk.x, state, chunk.context, chunk.dy, chunk.dstate) for state in (None, empty)
+    )
     pick = lambda pull: _joined([pull]) | {"state_gradient": {}}  # noqa: E731
     return deviation(pick(from_none), pick(from_empty))
 

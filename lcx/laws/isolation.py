@@ -24,9 +24,10 @@ def isolation_bitwise(subject: Subject, chunk: Chunk, kept: Sequence[Document]) 
     dy = np.where(here, chunk.dy, 0)
     other_x = np.where(here, chunk.x, 1 - 2 * chunk.x)
     other_state = _where_row(subject, continued, chunk.state, jax.tree.map(lambda leaf: 1 - 2 * leaf, chunk.state))
+    zero = jax.tree.map(np.zeros_like, chunk.dstate)
     results = []
     for x, state in ((chunk.x, chunk.state), (other_x, other_state)):
-        pull = subject.pull(x, state, chunk.context, dy)
+        pull = subject.pull(x, state, chunk.context, dy, zero)
         unused = _where_row(subject, continued, jax.tree.map(np.zeros_like, pull.state_gradient), pull.state_gradient)
         results.append(
             {

@@ -42,13 +42,12 @@ class Scale:
     segments: Mapping[int, int]
 
 
-def shrink(config: Config, mesh: Mapping[str, int], dtype: str, fits: Callable[[Config], None]) -> Config:
+def shrink(config: Config, mesh: Mapping[str, int], fits: Callable[[Config], None]) -> Config:
     """The small config.
 
     Args:
       config: the whole one.
       mesh: the devices along each axis.
-      dtype: "float64" or "float32", of parameters and activations.
       fits: raises UserError for a config whose model cannot be built on the mesh. The narrowest model that fits is
         taken; options of mixers that are not lcx's stay as they are, and may ask for more.
 
@@ -56,18 +55,18 @@ def shrink(config: Config, mesh: Mapping[str, int], dtype: str, fits: Callable[[
     """
     *narrow, whole = _widths(config.model.d_model, mesh)
     for width in narrow:
-        small = _shrunk(config, mesh, dtype, width)
+        small = _shrunk(config, mesh, width)
         try:
             fits(small)
             return small
         except UserError:
             continue
-    small = _shrunk(config, mesh, dtype, whole)
+    small = _shrunk(config, mesh, whole)
     fits(small)
     return small
 
 
-def _shrunk(config: Config, mesh: Mapping[str, int], dtype: str, width: int) -> Config:
+def _shrunk(config: Config, mesh: Mapping[str, int], width: int) -> Config:
     model, train = config.model, config.train
     used = {name for names in parse_pattern(model.pattern, model.mixers) for name in names}
     options = {name: _options(record) for name, record in model.mixers.items() if name in used}
@@ -85,9 +84,6 @@ def _shrunk(config: Config, mesh: Mapping[str, int], dtype: str, width: int) -> 
         periods=min(model.periods, 2),
         d_model=width,
         vocab_size=_multiple(mesh["tensor"], 61, model.vocab_size),
-        param_dtype=dtype,
-        compute_dtype=dtype,
-        residual_dtype=dtype,
     )
     shards, accumulate = mesh["seq"], min(train.accumulate, 2)
     length = max(SHARD, -(-ROW // shards))

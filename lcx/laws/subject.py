@@ -1,6 +1,5 @@
 """What the laws are applied to: a sequence function with parameters, and its pullback."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self

@@ -20,6 +20,7 @@ from lcx.mixers import Context, ModelDims
 from lcx.models.pattern import parse_pattern
 from lcx.models.stack import Stack
 from lcx.parallel.sharding import constrain
+from lcx_kernels.backends import target_platform
 
 STREAM = ("batch", "time", None)
 
@@ -119,7 +120,7 @@ def model_dims(config: ModelConfig, sublayers: int) -> ModelDims:
     """What mixers are told of the model. Raises UserError for float64 where JAX computes in 32 bits."""
     compute = config.compute_dtype
     if compute == "auto":
-        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        compute = "float32" if target_platform() == "cpu" else "bfloat16"
     for field, dtype in (("param", config.param_dtype), ("compute", compute), ("residual", config.residual_dtype)):
         if dtype == "float64" and not jax.config.jax_enable_x64:
             raise UserError(f"model.{field}_dtype=float64 needs 64-bit JAX; set JAX_ENABLE_X64=1 or choose float32.")

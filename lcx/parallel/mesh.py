@@ -1,6 +1,7 @@
 """The device mesh: axes data, fsdp, seq and tensor over all visible devices."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,13 +12,17 @@ from lcx.errors import UserError
 AXES = ("data", "fsdp", "seq", "tensor")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, chips: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a config describes; one axis may be -1, which means the devices that the others leave.
 
-    Raises UserError where the axes do not fill the visible devices.
+    Args:
+      config: devices along each axis.
+      chips: the devices; None for all that are visible. Those of a topology that is not here serve to compile for it.
+
+    Raises UserError where the axes do not fill the devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    devices = jax.device_count()
+    devices = jax.device_count() if chips is None else len(chips)
     free = [axis for axis, size in sizes.items() if size == -1]
     taken = math.prod(size for size in sizes.values() if size != -1)
     described = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -29,7 +34,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise UserError(
             f"mesh: {described} does not fill the {devices} visible devices; their product must be {devices}."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chips)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,7 +1,7 @@
 """The loop: a run is a fold of `train_step` over batches, with reports and checkpoints on the side."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -50,10 +50,13 @@ BATCH_AXES = {name: ("batch", "time") for name in ("tokens", "targets", "segment
 }
 
 
-def make_program(config: Config) -> Program:
-    """Builds the model abstractly on the mesh of the visible devices. Raises UserError for what cannot be trained."""
+def make_program(config: Config, chips: Sequence[jax.Device] | None = None) -> Program:
+    """Builds the model abstractly on the mesh of these devices, None for all that are visible.
+
+    Raises UserError for what cannot be trained.
+    """
     plan = blueprint(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, chips)
     check_batch(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
     abstract = abstract_state(plan, optimizer, mesh)

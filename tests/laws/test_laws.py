@@ -97,54 +97,58 @@ def packings(draw):
     )
 
 
-def lawful(test):
-    """Runs a law on every subject in both dtypes, float64 with 64-bit JAX."""
+def lawful(law):
+    """Runs a law on every subject that does not declare to break it, in both dtypes, float64 with 64-bit JAX."""
+    excepted = [f"{name}-{variant}" for name, variant in MIXER_EXAMPLES if law in find_mixer(name).lawful_except]
 
-    @pytest.mark.parametrize("dtype", ["float64", "float32"])
-    @pytest.mark.parametrize("name", SUBJECTS)
-    @settings(max_examples=EXAMPLES)
-    @given(data=st.data())
-    def run(name, dtype, data):
-        with jax.enable_x64(dtype == "float64"):
-            subject = subject_of(name, dtype)
-            packing = data.draw(packings())
-            packing["lengths"][0] = 7  # the capacity of all states is one, whatever is drawn
-            test(subject, laws.pack(subject, **packing), laws.TOLERANCE[dtype], data.draw)
+    def decorate(test):
+        @pytest.mark.parametrize("dtype", ["float64", "float32"])
+        @pytest.mark.parametrize("name", [name for name in SUBJECTS if name not in excepted])
+        @settings(max_examples=EXAMPLES)
+        @given(data=st.data())
+        def run(name, dtype, data):
+            with jax.enable_x64(dtype == "float64"):
+                subject = subject_of(name, dtype)
+                packing = data.draw(packings())
+                packing["lengths"][0] = 7  # the capacity of all states is one, whatever is drawn
+                test(subject, laws.pack(subject, **packing), laws.TOLERANCE[dtype], data.draw)
 
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
+        run.__name__ = test.__name__
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate
 
 
-@lawful
+@lawful("causality")
 def test_causality(subject, chunk, tolerance, draw):
     """No gradient from a token to a later one, and no output that moves with it: exactly."""
     found = laws.causality(subject, chunk, last=draw(st.integers(0, TIME - 2)))
     assert found.value == 0, found
 
 
-@lawful
+@lawful("continuation")
 def test_continuation(subject, chunk, tolerance, draw):
     """Any split, single tokens included, gives the outputs, states and gradients of the whole."""
     found = laws.continuation(subject, chunk, composition(draw, TIME))
     assert found.value <= tolerance, found
 
 
-@lawful
+@lawful("continuation")
 def test_decode_continues(subject, chunk, tolerance, draw):
     """Token by token is a split like any other."""
     found = laws.continuation(subject, chunk, [1] * TIME)
     assert found.value <= tolerance, found
 
 
-@lawful
+@lawful("continuation")
 def test_empty_state(subject, chunk, tolerance, draw):
     """No state and an empty state are the same start."""
     found = laws.empty_state(subject, chunk)
     assert found.value <= tolerance, found
 
 
-@lawful
+@lawful("isolation")
 def test_isolation_bitwise(subject, chunk, tolerance, draw):
     """Whatever else is in the row, a document's outputs and gradients stay the same to the bit."""
     by_row = [[document for document in chunk.documents if document.row == row] for row in range(ROWS)]
@@ -152,7 +156,7 @@ def test_isolation_bitwise(subject, chunk, tolerance, draw):
     assert found.value == 0, found
 
 
-@lawful
+@lawful("isolation")
 def test_isolation_alone(subject, chunk, tolerance, draw):
     """A packed document is the document alone."""
     found = laws.isolation_alone(subject, chunk)

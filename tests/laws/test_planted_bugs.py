@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lcx import laws
-from lcx.mixers import find_mixer
+from lcx.errors import UserError
+from lcx.mixers import MIXERS, find_mixer
 
 MovingAverage = find_mixer("examples.moving_average:MovingAverage")
 
@@ -45,6 +46,13 @@ class StartsWithGarbage(MovingAverage):
         return (y + 1 if state is None else y), after, aux
 
 
+class Declared(DropsTheState):
+    """What a mixer may do that says so."""
+
+    examples = {"default": {}}
+    lawful_except = ("continuation",)
+
+
 LAWS = {
     "causality": lambda subject, chunk: laws.causality(subject, chunk, last=6),
     "continuation": lambda subject, chunk: laws.continuation(subject, chunk, [3, 5, 4]),
@@ -63,12 +71,35 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("mixer", PLANTED, ids=lambda mixer: mixer.__name__)
-def test_each_bug_is_caught_by_its_laws_and_by_no_other(mixer):
+DECLARED = [
+    (mixer, variant) for mixer in (*MIXERS.values(), Declared) if mixer.lawful_except for variant in mixer.examples
+]
+
+
+def broken(mixer: type, options: dict) -> dict[str, float]:
+    """The laws that a mixer breaks on one device, and by how much."""
     with jax.enable_x64(True):
-        subject = laws.mixer_subject(mixer.__name__, mixer, {}, "float64")
+        subject = laws.mixer_subject(mixer.__name__, mixer, options, "float64")
         packing = dict(first_positions=[3, 0], lengths=[7, 4], padding=[0, 0], seed=0)
         chunk = laws.pack(subject, rows=[[12], [5, 7]], **packing)
         found = {name: law(subject, chunk).value for name, law in LAWS.items()}
     allowed = dict.fromkeys(LAWS, laws.TOLERANCE["float64"]) | {"causality": 0, "isolation_bitwise": 0}
-    assert {name for name, value in found.items() if value > allowed[name]} == PLANTED[mixer], found
+    return {name: value for name, value in found.items() if value > allowed[name]}
+
+
+@pytest.mark.parametrize("mixer", PLANTED, ids=lambda mixer: mixer.__name__)
+def test_each_bug_is_caught_by_its_laws_and_by_no_other(mixer):
+    assert broken(mixer, {}).keys() == PLANTED[mixer]
+
+
+@pytest.mark.parametrize("mixer, variant", DECLARED)
+def test_a_mixer_breaks_the_laws_that_it_declares_and_no_other(mixer, variant):
+    law_of = {name: "continuation" if name == "empty_state" else name.split("_")[0] for name in LAWS}
+    found = {law_of[name] for name in broken(mixer, mixer.examples[variant])}
+    assert found == set(mixer.lawful_except) & set(law_of.values())
+
+
+def test_exceptions_are_names_of_laws():
+    assert laws.declared_exceptions([MovingAverage, Declared]) == {"continuation": "Declared"}
+    with pytest.raises(UserError, match='unknown law "continuity": did you mean "continuation"?'):
+        laws.declared_exceptions([type("Misspelt", (MovingAverage,), {"lawful_except": ("continuity",)})])
