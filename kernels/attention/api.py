@@ -52,7 +52,8 @@ def attention(
       positions: indices in the row, int32, of the shapes of ``segment_ids``; may be negative, in any order. For
         alignments that are known only when running (decoding into a cache, a ring).
       offset: query t stands at slot offset + t of the keys, 0 <= offset <= keys - time. Static, so that a window costs
-        time linear in T; excludes ``positions``. With neither, keys == time is required and offset is 0.
+        time linear in T; excludes ``positions``. With neither, keys == time is required and offset is 0, unless no
+        alignment is needed: without ``causal`` and ``window``.
       scale: what q.k is multiplied by, static; None for K ** -0.5.
       softcap: the bound of the capped scores, static and positive; None for no cap.
       backend: "auto", "reference" (dense), "xla" (blockwise), "pallas_tpu" (JAX's splash attention), "triton" or
@@ -80,8 +81,10 @@ def attention(
         if offset is not None:
             raise ValueError("give positions or offset, not both")
         indices = _pair("positions", positions, batch, time, keys)
-    else:
+    elif causal or window is not None or offset is not None:
         offset = _offset(offset, time, keys)
+    else:
+        offset = 0  # alignment hides nothing
     if segment_ids is not None:
         segments = _pair("segment_ids", segment_ids, batch, time, keys)
     arguments = Arguments(q, k, v, *indices, *segments)
@@ -89,8 +92,18 @@ def attention(
     static = Static(causal, window, offset, scale, softcap, chunk_size)
     out, log_sum_exp = BACKENDS[choose(backend, arguments, static)].run(arguments, static)
     if sinks is not None:
-        out = out * jax.nn.sigmoid(log_sum_exp - sinks.astype(log_sum_exp.dtype))[..., None]
+        out = fold_sinks(out, log_sum_exp, sinks)
     return out.astype(q.dtype), log_sum_exp
+
+
+def fold_sinks(out: jax.Array, log_sum_exp: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Let the sinks [heads] join the denominators of ``out``, a result of ``attention`` without them.
+
+    Returns out * sigmoid(log_sum_exp - sinks), written so that the derivative is right also where the sigmoid is
+    nearly 1, as over many keys: that of a sigmoid in floating point, s (1 - s), is then mostly rounding.
+    """
+    share = jnp.exp(-jax.nn.softplus(sinks.astype(log_sum_exp.dtype) - log_sum_exp))
+    return out * share[..., None]
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> None:
