@@ -1,4 +1,4 @@
-"""What the Triton kernels of the selective scan move between memory and programs, counted from their launches.
+"""What Triton kernels (the selective scan, the convolution) move between memory and programs, by their launches.
 
 Every address that an instruction of a program touches counts once, as in Triton's interpreter, by which
 tests/parity checks these counts; caches are left out. Nothing here needs Triton, PyTorch or a GPU.
@@ -66,7 +66,8 @@ def abstract_inputs(batch: int, time: int, channels: int, state: int, dtype: Any
     weight = Abstract((channels,), wide)
     inputs = Inputs(
         x=per_token, dt=per_token, A=Abstract((channels, state), wide), B=shared, C=shared, D=weight, z=per_token,
-        dt_bias=weight, initial_state=Abstract((batch, channels, state), wide), reset=Abstract((batch, time), np.dtype(np.int8)),
+        dt_bias=weight, initial_state=Abstract((batch, channels, state), wide),
+        reset=Abstract((batch, time), np.dtype(np.int8)),
     )  # fmt: skip
     return inputs if with_y else inputs._replace(C=None, D=None, z=None)
 
@@ -196,3 +197,28 @@ def _backward(launch: Launch, n: _Sizes) -> int:
 
 
 _COUNTS = {"forward": _forward, "adjoint": _adjoint, "combine": _combine, "backward": _backward}
+
+
+def moved_by_convolution(launch: Any) -> int:
+    """Bytes that the programs of a launch of `causal_conv` load and store."""
+    has = launch.constants
+    (time, segments), width, channels = launch.scalars, has["WIDTH"], has["CHANNELS"]
+    blocks = -(-channels // has["BLOCK"])
+    batch, held = launch.programs // blocks // segments, width - 1
+    x, tail, weight, bias, lookback, *rest = [np.dtype(array.dtype).itemsize for array in launch.inputs]
+    out = [np.dtype(dtype).itemsize for _, dtype in launch.outputs]
+    total = segments * (width * weight + bias) + held * tail  # for each channel of a row
+    limits = 0
+    for first in range(0, time, has["LENGTH"]):
+        own = min(first + has["LENGTH"], time) - first
+        before = min(first, held)
+        if launch.kernel == "forward":
+            total += (before + own) * x + own * out[0]
+            limits += own
+            continue
+        beyond = first + -(-(has["LENGTH"] + held) // has["GROUP"]) * has["GROUP"]
+        total += (before + min(beyond, time) - first) * x
+        total += (min(first + own + held, time) - first) * rest[0] + own * out[0] + (width + 1) * out[2]
+        limits += min(beyond, time) - first
+    total += held * out[1] if launch.kernel == "backward" else 0
+    return batch * (total * channels + limits * blocks * lookback * has["LIMITED"])

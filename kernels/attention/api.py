@@ -92,8 +92,18 @@ def attention(
     static = Static(causal, window, offset, scale, softcap, chunk_size)
     out, log_sum_exp = BACKENDS[choose(backend, arguments, static)].run(arguments, static)
     if sinks is not None:
-        out = out * jax.nn.sigmoid(log_sum_exp - sinks.astype(log_sum_exp.dtype))[..., None]
+        out = fold_sinks(out, log_sum_exp, sinks)
     return out.astype(q.dtype), log_sum_exp
+
+
+def fold_sinks(out: jax.Array, log_sum_exp: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Let the sinks [heads] join the denominators of ``out``, a result of ``attention`` without them.
+
+    Returns out * sigmoid(log_sum_exp - sinks), written so that the derivative is right also where the sigmoid is
+    nearly 1, as over many keys: that of a sigmoid in floating point, s (1 - s), is then mostly rounding.
+    """
+    share = jnp.exp(-jax.nn.softplus(sinks.astype(log_sum_exp.dtype) - log_sum_exp))
+    return out * share[..., None]
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> None:

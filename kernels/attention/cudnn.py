@@ -39,6 +39,7 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
         "it takes as many keys as queries": q.shape[1] != k.shape[1],
         f"heads must be {LARGEST_WIDTH} wide at most, a multiple of 8, for keys and values alike, and are {width} and "
         f"{value_width}": width != value_width or width % 8 or width > LARGEST_WIDTH,
+        "without a causal mask it takes an even number of tokens": not static.causal and q.shape[1] % 2,
         "there is an axis of size 0": 0 in q.shape,
         "JAX finds no cuDNN": not installed(),
     }
@@ -47,7 +48,11 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
 
 def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:
     """Return (out [batch, time, heads, V] in q.dtype, log_sum_exp float32 [batch, time, heads])."""
-    return _attention(static, *vary_alike(arguments[:3]))
+    time = arguments.q.shape[1]
+    # It takes even numbers of tokens. A causal mask hides a last one from all others.
+    padding = [(0, 0), (0, time % 2), (0, 0), (0, 0)]
+    results = _attention(static, *(jnp.pad(array, padding) for array in vary_alike(arguments[:3])))
+    return tuple(result[:, :time] for result in results)
 
 
 def _results(static: Static, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -56,12 +56,12 @@ def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Arra
 def backward(static: Static, arguments: Arguments, results: tuple, cotangents: tuple) -> tuple:
     """The gradients (dq, dk, dv), given both results of any backend and their cotangents."""
     arguments, results, cotangents = vary_alike((arguments, results, cotangents))
-    return triton_plan.backward(run, arguments, static, _plan(arguments, static), results, cotangents)
+    return triton_plan.backward(run, arguments, static, results, cotangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: Static, arguments: Arguments):
-    return tuple(triton_plan.forward(run, arguments, static, _plan(arguments, static)))
+    return tuple(triton_plan.forward(run, arguments, static))
 
 
 def _forward(static, arguments):
@@ -75,11 +75,6 @@ def _backward(static, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _plan(arguments: Arguments, static: Static) -> triton_plan.Plan:
-    width = max(arguments.q.shape[3], arguments.v.shape[3])
-    return triton_plan.make_plan(width, arguments.q.dtype.itemsize, static.chunk_size)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:

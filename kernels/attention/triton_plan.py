@@ -33,15 +33,18 @@ class Plan(NamedTuple):
     backward_keys: Tile
 
 
-# By the size of a number in bytes and the larger of the two widths, at most.
+# By the size of a number in bytes and the larger of the two widths, at most. For bfloat16 up to 128 the fastest of some
+# ten measured on an H100 (8,192 tokens, 16 query heads of 4 key heads) that spill no registers.
 PLANS = {
-    (2, 64): Plan(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 128): Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (2, 256): Plan(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
-    (4, 64): Plan(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
-    (4, 128): Plan(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (4, 256): Plan(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (2, 64): Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (2, 128): Plan(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
+    (2, 256): Plan(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    (4, 64): Plan(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (4, 128): Plan(Tile(16, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
+    (4, 256): Plan(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+# Where windows or documents hide much of what is before a query, smaller blocks meet less of it.
+PLANS_OF_PARTS = PLANS | {(2, 128): Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 128, 8, 2))}
 SMALLEST_BLOCK = 16
 
 
@@ -58,12 +61,14 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-def make_plan(width: int, itemsize: int, chunk_size: int | None) -> Plan:
-    """The tiles for key and value heads up to ``width`` wide. ``chunk_size`` is an upper limit, from 16 on."""
-    plan = next(plan for (size, limit), plan in PLANS.items() if size == itemsize and width <= limit)
-    if chunk_size is None:
+def make_plan(arguments: Arguments, static: Static) -> Plan:
+    """The tiles for a call. ``chunk_size`` is an upper limit, from 16 on."""
+    plans = PLANS if static.window is None and arguments.query_segment is None else PLANS_OF_PARTS
+    itemsize, width = arguments.q.dtype.itemsize, max(arguments.q.shape[3], arguments.v.shape[3])
+    plan = next(plan for (size, limit), plan in plans.items() if size == itemsize and width <= limit)
+    if static.chunk_size is None:
         return plan
-    largest = max(SMALLEST_BLOCK, 1 << (chunk_size.bit_length() - 1))
+    largest = max(SMALLEST_BLOCK, 1 << (static.chunk_size.bit_length() - 1))
     return Plan(*(t._replace(queries=min(t.queries, largest), keys=min(t.keys, largest)) for t in plan))
 
 
@@ -161,17 +166,19 @@ def _launch(
     return Launch(kernel, programs, tile.warps, tile.stages, inputs, scalars, outputs, constants)
 
 
-def forward(run: Callable[[Launch], tuple], arguments: Arguments, static: Static, plan: Plan) -> tuple:
+def forward(run: Callable[[Launch], tuple], arguments: Arguments, static: Static) -> tuple:
     """(out in q's dtype, log_sum_exp in float32). Args: run, from a launch to its output arrays."""
+    plan = make_plan(arguments, static)
     q, v = arguments.q, arguments.v
     outputs = ((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], jnp.float32)
     return run(_launch("forward", arguments, static, plan.forward, (), outputs, by_keys=False))
 
 
 def backward(
-    run: Callable[[Launch], tuple], arguments: Arguments, static: Static, plan: Plan, results: tuple, cotangents: tuple
+    run: Callable[[Launch], tuple], arguments: Arguments, static: Static, results: tuple, cotangents: tuple
 ) -> tuple:
     """(dq, dk, dv) in the dtypes of q, k and v. ``results`` and ``cotangents``: of out and log_sum_exp."""
+    plan = make_plan(arguments, static)
     (out, log_sum_exp), (d_out, d_log_sum_exp) = results, cotangents
     # d out gives out.d_out, d log_sum_exp gives p itself.
     shift = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_log_sum_exp

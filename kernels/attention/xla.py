@@ -65,20 +65,22 @@ def _attention(plan: Plan, q, k, v, queries: Queries, keys: Keys):
 
 
 def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
-    time, heads = q.shape[1:3]
-    blocks = _split_queries(q, k.shape[2], plan), _split_rows(queries, plan.chunk_size)
+    time, kv_heads = q.shape[1], k.shape[2]
+    rows = _pad((q, queries), plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
-    def block(_, block_and_start, extent):
-        (q_block, queries_block), start = block_and_start
+    def block(_, number_and_start, extent):
+        number, start = number_and_start
+        q_block, queries_block = _take(rows, number, plan.chunk_size)
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        return None, _forward_block(q_block, k_part, v_part, queries_block, keys_part, plan.softcap)
+        q_block = _split_heads(q_block, kv_heads) * plan.scale
+        out, log_sum_exp = _forward_block(q_block, k_part, v_part, queries_block, keys_part, plan.softcap)
+        return None, (_join_heads(out), _join_heads(log_sum_exp[..., None])[..., 0])
 
     pieces = []
     for run in _runs(plan, time, k.shape[2]):
-        pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, blocks, run)[1])
-    out, log_sum_exp = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
-    return _join_heads(out, time, heads), _join_heads(log_sum_exp[..., None], time, heads)[..., 0]
+        pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, run)[1])
+    return jax.tree.map(lambda *parts: _join_blocks(parts, time), *pieces)
 
 
 def _forward_with_residuals(plan: Plan, q, k, v, queries: Queries, keys: Keys):
@@ -89,31 +91,33 @@ def _forward_with_residuals(plan: Plan, q, k, v, queries: Queries, keys: Keys):
 def _backward(plan: Plan, residuals, cotangents):
     q, k, v, queries, keys, out, log_sum_exp = residuals
     d_out, d_log_sum_exp = cotangents
-    time, heads, kv_heads = *q.shape[1:3], k.shape[2]
+    time, kv_heads = q.shape[1], k.shape[2]
     # The derivative of the loss in a score is p (v.d_out - shift): d out gives out.d_out, d log_sum_exp gives p itself.
     shift = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
-    rows = [_split_heads(x[..., None], kv_heads, plan.chunk_size)[..., 0] for x in (log_sum_exp, shift)]
-    blocks = (
-        (_split_queries(q, kv_heads, plan), _split_heads(d_out, kv_heads, plan.chunk_size), *rows),
-        _split_rows(queries, plan.chunk_size),
-    )
+    rows = _pad((q, d_out, log_sum_exp[..., None], shift[..., None], queries), plan.chunk_size)
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
 
-    def block(sums, block_and_start, extent):
-        (arrays, queries_block), start = block_and_start
+    def block(sums, number_and_start, extent):
+        number, start = number_and_start
+        *arrays, queries_block = _take(rows, number, plan.chunk_size)
+        q_block, d_out_block, *of_row = (_split_heads(x, kv_heads) for x in arrays)
+        of_row = [x[..., 0] for x in of_row]
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        dq, *parts = _backward_block(*arrays, k_part, v_part, queries_block, keys_part, plan.softcap)
+        dq, *parts = _backward_block(
+            q_block * plan.scale, d_out_block, *of_row, k_part, v_part, queries_block, keys_part, plan.softcap
+        )
+        dq = _join_heads(jnp.moveaxis(dq, 2, -1)) * plan.scale
         return tuple(_add_at(total, part, start) for total, part in zip(sums, parts, strict=True)), dq
 
     sums = jnp.zeros_like(k), jnp.zeros_like(v)
     pieces = []
     for run in _runs(plan, time, k.shape[2]):
-        sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, blocks, run)
+        sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, run)
         pieces.append(piece)
-    dq = _join_heads(jnp.moveaxis(jnp.concatenate(pieces), 3, -1) * plan.scale, time, heads)
     dk, dv = (jnp.swapaxes(x, 1, 2) for x in sums)
-    return *(x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True)), None, None
+    gradients = _join_blocks(pieces, time), dk, dv
+    return *(x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True)), None, None
 
 
 _attention.defvjp(_forward_with_residuals, _backward)
@@ -191,14 +195,14 @@ def _runs(plan: Plan, time: int, keys: int) -> list[Run]:
     return runs
 
 
-def _over_blocks(block, carry, blocks, run: Run):
-    """Apply ``block(carry, (its arrays, its first key)) -> (carry, results)`` to a run; results get a leading axis."""
+def _over_blocks(block, carry, run: Run):
+    """Apply ``block(carry, (its number, its first key)) -> (carry, results)`` to a run; results get a leading axis."""
     length = run.end - run.begin
     if length == 1:
-        carry, results = block(carry, (jax.tree.map(lambda x: x[run.begin], blocks), run.start))
+        carry, results = block(carry, (run.begin, run.start))
         return carry, jax.tree.map(lambda x: x[None], results)
-    starts = run.start + run.step * jnp.arange(length, dtype=jnp.int32)
-    return jax.lax.scan(block, carry, (jax.tree.map(lambda x: x[run.begin : run.end], blocks), starts))
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    return jax.lax.scan(block, carry, (run.begin + numbers, run.start + run.step * numbers))
 
 
 def _slice_keys(arrays, start, extent: int):
@@ -214,7 +218,8 @@ def _add_at(total, part, start):
     return jax.lax.dynamic_update_slice_in_dim(total, current + part, start, axis=2)
 
 
-# Layouts: heads stand in front of time inside, blocks in front of all.
+# Layouts: heads stand in front of time inside. What belongs to queries is laid out anew block by block, in the caches:
+# another copy of it all would be memory that is fresh in each call where T is large, and that costs most.
 
 
 def _heads_first(x):
@@ -222,29 +227,35 @@ def _heads_first(x):
     return jnp.swapaxes(x, 1, 2).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split_queries(q, kv_heads: int, plan: Plan):
-    return _split_heads(q, kv_heads, plan.chunk_size) * plan.scale
-
-
-def _split_heads(x, kv_heads: int, chunk_size: int):
-    """[batch, time, heads, width] to [blocks, batch, n, g, c, width], in the dtype of the accumulators."""
-    batch, time, heads, width = x.shape
-    x = _pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), chunk_size)
-    x = x.reshape(batch, -1, chunk_size, kv_heads, heads // kv_heads, width)
-    return x.transpose(1, 0, 3, 4, 2, 5)
-
-
-def _join_heads(x, time: int, heads: int):
-    """The inverse of ``_split_heads``."""
-    blocks, batch, _, _, chunk_size, width = x.shape
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * chunk_size, heads, width)[:, :time]
-
-
-def _split_rows(queries: Queries, chunk_size: int) -> Queries:
-    """[batch or 1, time] to [blocks, batch or 1, c]."""
-    return jax.tree.map(lambda x: jnp.swapaxes(_pad(x, chunk_size).reshape(x.shape[0], -1, chunk_size), 0, 1), queries)
-
-
-def _pad(x, chunk_size: int):
+def _pad(arrays, chunk_size: int):
     """Fill the last block with zeros along time. A query of zeros has finite scores, and its cotangent is 0."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk_size)] + [(0, 0)] * (x.ndim - 2))
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk_size)] + [(0, 0)] * (x.ndim - 2))
+
+    return jax.tree.map(pad, arrays)
+
+
+def _take(arrays, number, chunk_size: int):
+    """The block of that number of arrays [batch, time, ...]."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=number * chunk_size, slice_size=chunk_size)
+    return jax.tree.map(functools.partial(take, axis=1), arrays)
+
+
+def _split_heads(x, kv_heads: int):
+    """[batch, c, heads, width] to [batch, n, g, c, width], in the dtype of the accumulators."""
+    batch, time, heads, width = x.shape
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.reshape(batch, time, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _join_heads(x):
+    """The inverse of ``_split_heads``."""
+    batch, n, g, time, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, time, n * g, width)
+
+
+def _join_blocks(parts, time: int):
+    """Runs of [blocks, batch, c, ...] to [batch, time, ...]."""
+    blocks = jnp.moveaxis(jnp.concatenate(parts), 0, 1)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])[:, :time]

@@ -3,5 +3,6 @@
 from lcx_kernels.chunked_memory.api import chunked_memory
 from lcx_kernels.chunked_memory.choice import select_backend
 from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.chunked_memory.summary import MemorySummary, chunked_memory_summary
 
-__all__ = ["SegmentState", "chunked_memory", "select_backend"]
+__all__ = ["MemorySummary", "SegmentState", "chunked_memory", "chunked_memory_summary", "select_backend"]

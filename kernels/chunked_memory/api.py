@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lcx_kernels.checks import check
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.choice import choose
-from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.chunked_memory.state import SegmentState, canonical
 
 UPDATES = ("linear", "segment_delta", "delta_rule")
 READS = ("inclusive", "exclusive")
@@ -167,12 +167,9 @@ def _initial_state(given: Any, k: jax.Array, v: jax.Array, static: Static) -> Se
     nothing = SegmentState(memory, normalizer, *((memory, normalizer) if static.segmented else (None, None)))
     if given is None:
         return nothing
-    if not isinstance(given, tuple):
-        given = SegmentState(given, None, None, None)
-    elif not isinstance(given, SegmentState):
-        if len(given) != 2:
-            raise ValueError(f"initial_state: a tuple of {len(given)}, expected (memory, normalizer)")
-        given = SegmentState(*given, None, None)
+    if isinstance(given, tuple) and not isinstance(given, SegmentState) and len(given) != 2:
+        raise ValueError(f"initial_state: a tuple of {len(given)}, expected (memory, normalizer)")
+    given = canonical(given)
     for name, wanted in zip(("memory", "normalizer"), nothing[:2], strict=True):
         if (getattr(given, name) is None) != (wanted is None):
             raise ValueError(

@@ -4,6 +4,7 @@ A product over a chunk has factors of 0 for what a token must not see, and 0 tim
 replaced before the products, and NaN is selected into all that it would have reached inside its own document.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,8 +42,8 @@ class Spoilt(NamedTuple):
     open_memory: jax.Array | None  # [batch, S], those of the open segment
 
 
-def cleaned(tokens: Tokens, marks: Marks, exclusive: bool) -> tuple[Tokens, Spoilt]:
-    """The tokens with finite numbers alone, and what the others spoil."""
+def cleaned(tokens: Tokens, marks: Marks, state: SegmentState, exclusive: bool) -> tuple[Tokens, SegmentState, Spoilt]:
+    """Tokens and initial state with finite numbers alone, and what the others spoil."""
     heads = max(tokens.k.shape[2], tokens.v.shape[2])
     q, k, v, log_decay, beta = tokens
     bad = {name: _bad(array) for name, array in (("q", q), ("k", k), ("v", v)) if array is not None}
@@ -58,7 +59,20 @@ def cleaned(tokens: Tokens, marks: Marks, exclusive: bool) -> tuple[Tokens, Spoi
         None if array is None else jnp.where(bad[name][..., None], 0, array)
         for name, array in (("q", q), ("k", k), ("v", v))
     )
-    return Tokens(q, k, v, log_decay, beta), _spoilt(bad.get("q"), written, marks, exclusive)
+    state, initially, open_initially = clean_state(state)
+    spoilt = _spoilt(bad.get("q"), written, marks, initially, open_initially, exclusive)
+    return Tokens(q, k, v, log_decay, beta), state, spoilt
+
+
+def clean_state(state: SegmentState) -> tuple[SegmentState, jax.Array, jax.Array]:
+    """The state with finite numbers alone, and bool [batch, S] where it had others, and where its open parts had."""
+
+    def bad(*parts: jax.Array | None) -> jax.Array:
+        marks = [~jnp.isfinite(part).all(axis=tuple(range(2, part.ndim))) for part in parts if part is not None]
+        return functools.reduce(jnp.logical_or, marks, jnp.zeros(state.memory.shape[:2], bool))
+
+    clean = jax.tree.map(lambda part: jnp.where(jnp.isfinite(part), part, 0), state)
+    return clean, bad(*state[:2]), bad(*state[2:])
 
 
 def _bad(array: jax.Array) -> jax.Array:
@@ -70,26 +84,37 @@ def _index(array: jax.Array) -> jax.Array:
 
 
 def _starts(reset: jax.Array | None, like: jax.Array) -> jax.Array:
-    """int32, broadcastable to ``like`` [batch, time, S]: the first token of each token's document."""
+    """int32, broadcastable to ``like`` [batch, time, S]: each token's document's first token, -1 before the block."""
     if reset is None:
-        return jnp.zeros_like(like, jnp.int32)
-    return jax.lax.cummax(jnp.where(reset, _index(reset), 0), axis=1)[..., None]
+        return jnp.full((1, like.shape[1], 1), -1, jnp.int32)
+    return jax.lax.cummax(jnp.where(reset, _index(reset), -1), axis=1)[..., None]
 
 
-def _spoilt(q: jax.Array | None, written: jax.Array, marks: Marks, exclusive: bool) -> Spoilt:
+def _spoilt(q, written, marks: Marks, initially, open_initially, exclusive: bool) -> Spoilt:
+    """What ``written`` [batch, time, S] and parts of the initial state [batch, S] spoil; none, -2, or the last of them.
+
+    The initial state counts as written at -1, where a document that goes on starts.
+    """
     start = _starts(marks.reset, written)
-    latest = jax.lax.cummax(jnp.where(written, _index(written), -1), axis=1)  # the last bad write up to each token
+    head = jnp.where(initially, -1, -2)[:, None]
+    latest = jnp.maximum(jax.lax.cummax(jnp.where(written, _index(written), -2), axis=1), head)
     if marks.closes is None:
         reached = latest >= start
         return Spoilt(q, reached, reached[:, -1], None)
+    open_head = jnp.maximum(head, jnp.where(open_initially, -1, -2)[:, None])
+    latest_open = jnp.maximum(latest, open_head)
     opens = jnp.pad(marks.closes[:, :-1], ((0, 0), (1, 0)))
     opens = opens if marks.reset is None else opens | marks.reset
-    earlier = jnp.pad(latest[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1)
-    # The last bad write in a segment before each token's own.
-    complete = jax.lax.cummax(jnp.where(opens[..., None], earlier, -1), axis=1)
-    final = jnp.where(marks.closes[:, -1:], latest[:, -1], complete[:, -1])
-    read = (complete if exclusive else latest) >= start
-    return Spoilt(q, read, final >= start[:, -1], jnp.maximum(start[:, -1] - 1, final) < latest[:, -1])
+    earlier = jnp.concatenate([open_head, latest_open[:, :-1]], axis=1)
+    # The last of a segment before the token's own.
+    complete = jnp.maximum(jax.lax.cummax(jnp.where(opens[..., None], earlier, -2), axis=1), head)
+    final = jnp.where(marks.closes[:, -1:], latest_open[:, -1], complete[:, -1])
+    read = (complete if exclusive else latest_open) >= start
+    start, latest_open = start[:, -1], latest_open[:, -1]
+    # What is open at the end began where a segment was completed last, or with the document.
+    begin = jax.lax.cummax(jnp.where(opens, _index(opens), -1), axis=1)[:, -1:]
+    is_open = (latest_open >= jnp.maximum(begin, start)) & ~marks.closes[:, -1:]
+    return Spoilt(q, read, final >= start, is_open)
 
 
 def to_heads(marks: jax.Array, heads: int) -> jax.Array:
@@ -127,30 +152,31 @@ def clean_gradient(d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def spoil_gradients(
-    gradients: Tokens, d_state: SegmentState, bad: jax.Array, spoilt: Spoilt, marks: Marks
+    gradients: Tokens,
+    d_state: SegmentState,
+    bad: jax.Array | None,
+    finally_bad: jax.Array,
+    spoilt: Spoilt,
+    marks: Marks,
 ) -> tuple[Tokens, SegmentState]:
-    """NaN into the gradients that ``bad`` gradients of outputs, [batch, time, heads], reach, and of spoilt tokens."""
-    heads, time = spoilt.read.shape[2], bad.shape[1]
-    written = to_heads(bad, heads)
-    index = _index(written)
-    following = jax.lax.cummin(jnp.where(written, index, time), axis=1, reverse=True)  # the next bad one from here on
-    if marks.reset is None:
-        end = first_end = time
-    else:
-        ends = jax.lax.cummin(jnp.where(marks.reset, _index(marks.reset), time), axis=1, reverse=True)
-        first_end = ends[:, :1]
-        end = jnp.pad(ends[:, 1:], ((0, 0), (0, 1)), constant_values=time)[..., None]
-    reached = (following < end) | spoilt.read
-    own = {"q": written | spoilt.read}
-    changed = []
+    """NaN into the gradients that bad gradients of outputs, [batch, time, heads], and of the final state, [batch, S],
+    reach, and into those of spoilt tokens."""
+    batch, time, heads = spoilt.read.shape
+    read = jnp.zeros_like(spoilt.read) if bad is None else to_heads(bad, heads)
+    following = jax.lax.cummin(jnp.where(read, _index(read), time + 1), axis=1, reverse=True)
+    following = jnp.minimum(following, jnp.where(finally_bad, time, time + 1)[:, None])  # the next from here on
+    ends = jnp.full((batch, time + 1), time + 1, jnp.int32)  # the next reset from here on
+    if marks.reset is not None:
+        ends = jnp.where(jnp.pad(marks.reset, ((0, 0), (0, 1))), _index(ends), time + 1)
+        ends = jax.lax.cummin(ends, axis=1, reverse=True)
+    reached = (following < ends[:, 1:, None]) | spoilt.read
+    changed = {}
     for name, gradient in gradients._asdict().items():
-        if gradient is None:
-            changed.append(None)
-            continue
-        marked = to_heads(own.get(name, reached), gradient.shape[2])
-        if name == "q" and spoilt.q is not None:
-            marked |= spoilt.q
-        changed.append(jnp.where(marked.reshape(*marked.shape, *[1] * (gradient.ndim - 3)), jnp.nan, gradient))
-    before = following[:, 0] < first_end
-    state_marks = Spoilt(None, spoilt.read, before, before)
-    return Tokens(*changed), spoil_state(d_state, state_marks)
+        if gradient is not None:
+            marked = to_heads(read | spoilt.read if name == "q" else reached, gradient.shape[2])
+            if name == "q" and spoilt.q is not None:
+                marked |= spoilt.q
+            gradient = jnp.where(marked.reshape(*marked.shape, *[1] * (gradient.ndim - 3)), jnp.nan, gradient)
+        changed[name] = gradient
+    before = following[:, 0] < ends[:, :1]
+    return Tokens(**changed), spoil_state(d_state, Spoilt(None, spoilt.read, before, before))

@@ -16,7 +16,18 @@ from jax.experimental import pallas as pl
 from lcx_kernels.backends import is_interpreted
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.pallas_inclusive_kernels import Plan, backward_kernel, forward_kernel
-from lcx_kernels.chunked_memory.pallas_tiles import LANES, SUBLANES, Lanes, call, flat, round_up, share, widened
+from lcx_kernels.chunked_memory.pallas_tiles import (
+    LANES,
+    SUBLANES,
+    Lanes,
+    call,
+    flat,
+    itemsize,
+    narrowed,
+    round_up,
+    share,
+    widened,
+)
 from lcx_kernels.chunked_memory.state import SegmentState
 
 _LONGEST = {"linear": 256, "delta_rule": 128}  # tokens of a chunk at most
@@ -68,8 +79,7 @@ def _plan(arguments: Arguments, static: Static) -> Plan:
         keys = Lanes(key, count)
     dtype = np.dtype(arguments.dtype)
     chunk = min(round_up(static.chunk_size, SUBLANES), _LONGEST[static.update], round_up(time, SUBLANES))
-    itemsize = max(array.dtype.itemsize for array in (arguments.k, arguments.v))
-    bytes_of_tile = value * count * max(chunk * itemsize, key * 4)
+    bytes_of_tile = value * count * max(chunk * itemsize(arguments.k, arguments.v), key * 4)
     most = min(_BLOCK // bytes_of_tile, *([] if shared else [_TILES]), ratio if shared else heads)
     tiles = share(batch, (ratio if shared else heads) // count, most, k_heads if shared else 1)
     return Plan(
@@ -99,7 +109,7 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     plan = _plan(arguments, static)
     out, memory, normalizer = _scan(plan, _inputs(plan, arguments))
     if out is not None:
-        out = out.reshape(plan.batch, plan.time, plan.heads, -1)[..., : plan.depth]
+        out = narrowed(out.reshape(plan.batch, plan.time, plan.heads, -1), plan.depth)
     memory = memory.reshape(plan.batch, plan.state_rows, plan.heads, -1)[:, : plan.width, :, : plan.depth]
     if plan.normalize:
         normalizer = _from_lanes(plan, normalizer)
@@ -185,7 +195,8 @@ def _backward(plan, residuals, cotangents):
             return partial
         partial = partial.reshape(plan.batch, -1, plan.key_programs, plan.time, plan.keys.size).sum(axis=2)
         array = getattr(inputs, name)
-        return jnp.swapaxes(partial, 1, 2).reshape(array.shape).astype(array.dtype)
+        partial = partial if partial.shape[1] == 1 else jnp.swapaxes(partial, 1, 2)
+        return partial.reshape(array.shape).astype(array.dtype)
 
     gradients = {name: found.get("d" + name) for name in ("v", "decay", "beta", "memory", "normalizer")}
     return (_Inputs(q=of_keys("q"), k=of_keys("k"), document=None, **gradients),)

@@ -16,12 +16,23 @@ from jax.experimental.pallas import tpu as pltpu
 from lcx_kernels.backends import is_interpreted
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.pallas_segments_kernels import Inputs, Plan, backward_kernel, forward_kernel
-from lcx_kernels.chunked_memory.pallas_tiles import LANES, SUBLANES, Lanes, call, flat, round_up, share, widened
+from lcx_kernels.chunked_memory.pallas_tiles import (
+    LANES,
+    SUBLANES,
+    Lanes,
+    call,
+    flat,
+    itemsize,
+    narrowed,
+    round_up,
+    share,
+    widened,
+)
 from lcx_kernels.chunked_memory.state import SegmentState
 
-_LONGEST = 512  # tokens of a chunk at most
+_LONGEST = {2: 512, 4: 256}  # by bytes of an element: tokens of a chunk at most
 _SHORTEST = 64  # where blocks are large
-_BLOCK = 512 * 2**10  # bytes of a block of queries at most, if chunks are not as short as they may be
+_BLOCK = 256 * 2**10  # bytes of a block of queries at most, if chunks are not as short as they may be
 _STATES = ("memory", "normalizer", "open_memory", "open_normalizer")
 
 
@@ -53,9 +64,9 @@ def _plan(arguments: Arguments, static: Static) -> Plan:
     key, value = widened(width, paired), widened(depth, paired)
     count = 2 if min(key, value) < LANES else 1
     tiles = share(batch, heads // count, 2 if queries == 1 else 1)
-    given = [array for array in (arguments.q, arguments.k, arguments.v) if array is not None]
-    token = max(key, value) * count * queries * max(array.dtype.itemsize for array in given)
-    longest = max(_SHORTEST, min(_LONGEST, _BLOCK // token // SUBLANES * SUBLANES))
+    size = itemsize(arguments.q, arguments.k, arguments.v)
+    fitting = _BLOCK // (max(key, value) * count * queries * size) // SUBLANES * SUBLANES
+    longest = max(_SHORTEST, min(_LONGEST[size], fitting))
     chunk = min(static.chunk_size, longest, round_up(time, SUBLANES))
     if chunk >= SUBLANES:  # shorter ones are for tests
         chunk = chunk // SUBLANES * SUBLANES
@@ -83,7 +94,7 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     plan = _plan(arguments, static)
     out, *states = _scan(plan, _inputs(plan, arguments))
     if out is not None:
-        out = out.reshape(plan.batch, plan.time, plan.heads * plan.queries, -1)[..., : plan.depth]
+        out = narrowed(out.reshape(plan.batch, plan.time, plan.heads * plan.queries, -1), plan.depth)
 
     def matrix(memory):
         memory = memory.reshape(plan.batch, plan.keys.width, plan.heads, -1)[:, : plan.width, :, : plan.depth]
@@ -143,7 +154,7 @@ def _kinds(plan: Plan, arguments: Arguments) -> tuple[jax.Array, jax.Array]:
     after = (document == 0) & (count - closes > 0)
     last = document == document[:, :, -1:]  # what fills up the row goes on with its last document
     kinds = jnp.where(document > 0, 3, jnp.where(after, 1, 0)) + jnp.where(last | (document + after == 0), 0, 1)
-    kinds = jnp.where(is_token, kinds, -1)
+    kinds = jnp.where(is_token, kinds, -1).astype(jnp.int32)
     closing, renewed = closes.any(axis=2), document[:, :, -1] > 0
     flags = jnp.stack([reset[:, :, 0], closing, renewed, (kinds > 0).any(axis=2)], axis=2).astype(jnp.int32)
     return kinds[:, :, None], flags[:, :, None]

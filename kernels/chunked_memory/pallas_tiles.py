@@ -24,7 +24,7 @@ from lcx_kernels.varying import varying_axes, varying_struct
 
 LANES = 128
 SUBLANES = 16  # tokens come in multiples of it: rows of a packed register of bfloat16
-_MARGIN = 8 * 2**20  # bytes of VMEM for values that do not stay in registers, above blocks and scratch
+_MARGIN = 24 * 2**20  # bytes of VMEM for values that do not stay in registers, above blocks and scratch
 
 
 def round_up(number: int, unit: int) -> int:
@@ -45,6 +45,8 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array
     Of float32 operands nothing is rounded: with each other they take the six passes of Precision.HIGHEST, with bfloat16
     the three that the float32 side needs.
     """
+    if axes[0] == 0:  # turned by hand: compilers for TPU have failed to, where bfloat16 has over 128 tokens
+        return dot(a.astype(jnp.promote_types(a.dtype, jnp.float32)).T.astype(a.dtype), b, (1, axes[1]))
     if a.dtype == b.dtype == jnp.bfloat16:
         return _product(a, b, axes)
     if a.dtype == jnp.bfloat16:
@@ -217,6 +219,16 @@ def flat(array: jax.Array | None, width: int) -> jax.Array | None:
     missing = width - array.shape[3]
     array = jnp.pad(array, [(0, 0)] * 3 + [(0, missing)]) if missing else array
     return array.reshape(*array.shape[:2], -1)
+
+
+def itemsize(*arrays: jax.Array | None) -> int:
+    """Bytes of an element in blocks, of the widest: see `flat`; 4 for float64, which is only interpreted."""
+    return 2 if all(array.dtype == jnp.bfloat16 for array in arrays if array is not None) else 4
+
+
+def narrowed(array: jax.Array, width: int) -> jax.Array:
+    """The first ``width`` of the last axis."""
+    return array if array.shape[-1] == width else array[..., :width]
 
 
 def share(batch: int, tiles: int, most: int, groups: int = 1) -> int:

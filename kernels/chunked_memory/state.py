@@ -1,6 +1,6 @@
 """The state of a chunked memory, and how it is read."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,13 @@ class SegmentState(NamedTuple):
             open_memory=None if self.open_memory is None else jnp.zeros_like(self.open_memory),
             open_normalizer=None if self.open_normalizer is None else jnp.zeros_like(self.open_normalizer),
         )
+
+
+def canonical(given: Any) -> SegmentState:
+    """The last form of a state that `chunked_memory` returned, M, (M, z) or a `SegmentState`; missing parts are None."""
+    if isinstance(given, SegmentState):
+        return given
+    return SegmentState(*given, None, None) if isinstance(given, tuple) else SegmentState(given, None, None, None)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lcx_kernels.backends import BackendUnavailable
-from lcx_kernels.chunked_memory import triton_plan
+from lcx_kernels.chunked_memory import triton_plan, triton_segments
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.state import SegmentState
-from lcx_kernels.chunked_memory.triton_plan import Inputs, Launch, Plan
+from lcx_kernels.chunked_memory.triton_plan import Cotangents, Inputs, Launch, Plan
 from lcx_kernels.varying import vary_alike, varying_axes
 
 # What programs are compiled for where no GPU is: an H100's.
@@ -27,8 +27,12 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
         return "float64"
     if max(arguments.k.shape[-1], arguments.v.shape[-1]) > triton_plan.LARGEST_WIDTH:
         return f"keys or values wider than {triton_plan.LARGEST_WIDTH}"
-    if static.update != "linear" or static.segmented:
-        return f"update {static.update} with read {static.read}"
+    if static.segmented and static.read == "inclusive":
+        return f"update {static.update} with inclusive reads"
+    if static.segmented and arguments.log_decay is not None:
+        return "segments with a decay"
+    if static.update == "delta_rule" and (arguments.q is None or arguments.q.shape[2] > arguments.heads):
+        return "the delta rule without queries, or with more heads of them than memories"
     if arguments.log_decay is not None and arguments.log_decay.ndim == 4:
         return "a decay for each key channel"
     return None
@@ -57,10 +61,17 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     q_heads = k_heads if q is None else q.shape[2]
     shape = triton_plan.Shape(batch, time, arguments.heads, q_heads, k_heads, v.shape[2], width, v.shape[3])
     narrow = all(array is None or array.dtype == jnp.bfloat16 for array in (q, k, v))
+    if static.segmented:
+        segments = triton_plan.segments_plan(shape, narrow, static.chunk_size)
+        return triton_segments.scan(run, segments, vary_alike(arguments), static.update == "segment_delta")
     plan = triton_plan.make_plan(shape, narrow, static.chunk_size)
     reset = None if arguments.reset is None else arguments.reset.astype(jnp.int8)
     inputs = Inputs(q, k, v, arguments.log_decay, reset)
-    inputs, state = vary_alike((inputs, _State(arguments.state.memory, arguments.state.normalizer)))
+    state, beta = _State(arguments.state.memory, arguments.state.normalizer), arguments.beta
+    inputs, state, beta = vary_alike((inputs, state, beta))
+    if static.update == "delta_rule":
+        out, memory = _delta(plan, inputs, beta, state.memory)
+        return out, SegmentState(memory, None, None, None)
     out, state = _scan(plan, inputs, state)
     return out, SegmentState(state.memory, state.normalizer, None, None)
 
@@ -149,24 +160,81 @@ def _backward(plan, residuals, cotangents):
         weights = 1 / denominator, -products / denominator
     borders, _ = _states(plan, inputs, state, keep=True)
     late, d_state = _states(plan, inputs, d_final, keep=True, dy=dy, weights=weights)
-    values, keys = triton_plan.gradients(plan, inputs, normalize, dy, weights, borders, late, jnp.float32)
-    (dv, da), (dq, dk) = run(values), run(keys)
+    around = inputs, normalize, Cotangents(dy, weights, borders, late), jnp.float32
+    dv, da = run(triton_plan.value_gradients(plan, *around))
+    dq, dk = run(triton_plan.key_gradients(plan, *around))
     return Inputs(*map(_added_up, residuals[0], (dq, dk, dv, da, None))), jax.tree.map(
         lambda gradient, array: gradient.astype(array.dtype), d_state, state
     )
 
 
-def _added_up(array: jax.Array | None, parts: jax.Array | None) -> jax.Array | None:
+def _added_up(array: jax.Array | None, parts: jax.Array | None, dtype=None) -> jax.Array | None:
     """The gradient of an array [batch, time, heads, ..] from those of a multiple of its heads."""
     if array is None or parts is None:
         return None
     heads = array.shape[2]
     if parts.shape[2] != heads:
         parts = parts.reshape(*parts.shape[:2], heads, -1, *parts.shape[3:]).sum(axis=3)
-    return parts.astype(array.dtype)
+    return parts.astype(dtype or array.dtype)
 
 
 _scan.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta(plan: Plan, inputs: Inputs, beta: jax.Array, state: jax.Array):
+    return _delta_forward(plan, inputs, beta, state)[0]
+
+
+def _written(plan: Plan, inputs: Inputs, beta, state):
+    """What the delta rule writes in place of the values, and from what."""
+    inverse, w, u = run(triton_plan.solve(plan, inputs, beta, _dtypes(plan)))
+    launch = triton_plan.carry_delta(plan, inputs, (u, w, None), state, _dtypes(plan), back=False)
+    borders, final, u = run(launch)
+    return inverse, w, u, borders, final
+
+
+def _per_memory(plan: Plan) -> Plan:
+    """The plan of a linear memory of what the delta rule writes."""
+    return plan._replace(shape=plan.shape._replace(v_heads=plan.shape.heads))
+
+
+def _delta_forward(plan, inputs, beta, state):
+    _, _, u, borders, final = _written(plan, inputs, beta, state)
+    dtypes = inputs.v.dtype, jnp.float32
+    launch = triton_plan.outputs(_per_memory(plan), inputs._replace(v=u), False, (borders, None), dtypes)
+    return (run(launch)[0], final), (inputs, beta, state)
+
+
+def _delta_backward(plan, residuals, cotangents):
+    """Tokens read twice: by their queries, and by their keys what is to be corrected, whose gradient is -dv."""
+    inputs, beta, state = residuals
+    dy, d_final = cotangents
+    dtypes, linear = _dtypes(plan), _per_memory(plan)
+    inverse, w, u, borders, _ = _written(plan, inputs, beta, state)
+    written = inputs._replace(v=u)
+    of_reads = Cotangents(dy, (None, None), (borders, None), (None, None))
+    local, _ = run(
+        triton_plan.value_gradients(linear, written, False, of_reads, dtypes[1], of_decay=False, partial=dtypes[0])
+    )
+    late, d_state, du = run(triton_plan.carry_delta(plan, inputs, (dy, w, local), d_final, dtypes, back=True))
+    dv, dbeta = run(triton_plan.corrections(plan, inputs, beta, inverse, u, du, borders, dtypes))
+
+    reads = written, False, of_reads._replace(late=(late, None)), dtypes[1]
+    _, da = run(triton_plan.value_gradients(linear, *reads, of_values=False))
+    dq, dk = run(triton_plan.key_gradients(linear, *reads, partial=True))
+    shape = linear.shape._replace(q_heads=linear.shape.k_heads)
+    by_keys = linear._replace(shape=shape)
+    corrected = written._replace(q=inputs.k), False, of_reads._replace(dy=dv), dtypes[1]
+    _, da_of_keys = run(triton_plan.value_gradients(by_keys, *corrected, of_values=False, correcting=True))
+    parts = run(triton_plan.key_gradients(by_keys, *corrected, correcting=True, partial=True))
+    dk = sum(_added_up(inputs.k, part, jnp.float32) for part in (dk, *parts)).astype(inputs.k.dtype)
+    da = None if inputs.log_decay is None else _added_up(inputs.log_decay, da + da_of_keys)
+    gradients = Inputs(_added_up(inputs.q, dq), dk, _added_up(inputs.v, dv), da, None)
+    return gradients, dbeta.astype(beta.dtype), d_state.astype(state.dtype)
+
+
+_delta.defvjp(_delta_forward, _delta_backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:

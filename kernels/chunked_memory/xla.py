@@ -20,12 +20,12 @@ from lcx_kernels.chunked_memory.isolation import Marks, Tokens
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.varying import vary_alike
 
-# Tokens of a chunk at most, a power of two. A chunk's pairs cost chunk * (K + V) a token, the states between chunks
-# K * V / chunk in memory traffic.
-LONGEST_CHUNK = 128
-LONGEST_CHUNK_OF_CHANNELS = 64  # where each pair has a decay a channel, or for the triangular system of the delta rule
-# How many numbers a block may have of the kind that it has most of, pairs of tokens or segments' values; a chunk at least.
-NUMBERS_AT_ONCE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+# Tokens of a chunk at most, a power of two: pairs cost a token chunk * (K + V), states between chunks K * V / chunk.
+LONGEST_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 128}
+LONGEST_CHUNK_OF_CHANNELS = 64  # with a decay a channel, and for the triangular systems of the delta rule
+# Numbers of a block, counting pairs of tokens, or segments' values, if that is a chunk or more. On CPUs, more than the
+# caches hold cost several times the time.
+NUMBERS_AT_ONCE = {"cpu": 2**16, "gpu": 2**26, "tpu": 2**26}
 
 
 class Plan(NamedTuple):
@@ -73,9 +73,9 @@ def _plan(arguments: Arguments, static: Static, heads: int, out_dtype: Any) -> P
         size = min(static.chunk_size, time)
         numbers = max(width, arguments.v.shape[3])
     else:
-        longest = LONGEST_CHUNK
+        longest = LONGEST_CHUNK[target_platform()]
         if static.update == "delta_rule" or (arguments.log_decay is not None and arguments.log_decay.ndim == 4):
-            longest = LONGEST_CHUNK_OF_CHANNELS
+            longest = min(longest, LONGEST_CHUNK_OF_CHANNELS)
         if not static.segmented:
             longest = min(longest, static.chunk_size)
         size = numbers = _power_of_two(min(longest, 2 * time - 1))
@@ -93,10 +93,9 @@ def _block(plan: Plan, tokens: Tokens, marks: Marks, state: SegmentState):
     return (xla_segments if plan.segments else xla_chunks).block(plan.static, plan.size, tokens, marks, state)
 
 
-def _cleaned(plan: Plan, tokens: Tokens, marks: Marks, dtype: Any) -> tuple[Tokens, isolation.Spoilt]:
-    tokens = jax.tree.map(lambda array: array.astype(dtype), tokens)
-    # Values that are written, in place of what is read, depend on what the token itself has.
-    return isolation.cleaned(tokens, marks, plan.static.read == "exclusive")
+def _cleaned(plan: Plan, tokens: Tokens, marks: Marks, state: SegmentState):
+    tokens = jax.tree.map(lambda array: array.astype(state.memory.dtype), tokens)
+    return isolation.cleaned(tokens, marks, state, plan.static.read == "exclusive")
 
 
 def _at(arrays: Any, start: jax.Array, plan: Plan) -> Any:
@@ -115,15 +114,13 @@ def _scan(plan: Plan, tokens: Tokens, marks: Marks, state: SegmentState):
 
 
 def _forward(plan: Plan, tokens: Tokens, marks: Marks, state: SegmentState):
-    dtype = state.memory.dtype
-
     def block(carry, start):
-        state, out = carry
+        found, out = carry
         these = _at(marks, start, plan)
-        clean, spoilt = _cleaned(plan, _at(tokens, start, plan), these, dtype)
+        clean, state, spoilt = _cleaned(plan, _at(tokens, start, plan), these, found)
         piece, final = _block(plan, clean, these, state)
         piece, final = isolation.spoil_out(piece, spoilt), isolation.spoil_state(final, spoilt)
-        return (final, None if piece is None else _put(out, piece, start)), state
+        return (final, None if piece is None else _put(out, piece, start)), found
 
     batch, time = tokens.k.shape[:2]
     out = None
@@ -141,16 +138,16 @@ def _backward(plan: Plan, residuals, cotangents):
 
     def block(carry, inputs):
         d_state, gradients = carry
-        start, state = inputs
+        start, found = inputs
         these = _at(marks, start, plan)
-        clean, spoilt = _cleaned(plan, _at(tokens, start, plan), these, dtype)
+        clean, state, spoilt = _cleaned(plan, _at(tokens, start, plan), these, found)
         _, transpose = jax.vjp(lambda tokens, state: _block(plan, tokens, these, state), clean, state)
         d_piece = bad = None
         if d_out is not None:
             d_piece, bad = isolation.clean_gradient(_at(d_out, start, plan).astype(dtype))
+        d_state, finally_bad, open_bad = isolation.clean_state(d_state)
         pieces, d_state = transpose((d_piece, d_state))
-        if bad is not None:
-            pieces, d_state = isolation.spoil_gradients(pieces, d_state, bad, spoilt, these)
+        pieces, d_state = isolation.spoil_gradients(pieces, d_state, bad, finally_bad | open_bad, spoilt, these)
         return (d_state, _put(gradients, pieces, start)), None
 
     gradients = jax.tree.map(jnp.zeros_like, tokens)

@@ -23,6 +23,7 @@ from lcx_kernels.chunked_memory.arguments import Static, spread
 from lcx_kernels.chunked_memory.decay import decayed_products, sums_after, sums_between, sums_up_to
 from lcx_kernels.chunked_memory.isolation import Marks, Tokens
 from lcx_kernels.chunked_memory.state import PRECISION, SegmentState, ratio
+from lcx_kernels.chunked_memory.triangular import inverse
 
 product = partial(jnp.einsum, precision=PRECISION)
 
@@ -104,7 +105,8 @@ class _Chunks:
         products = jnp.where(mask, product("bnaitk,bnask->bnaits", x, k)[:, :, :, None], 0)
         if self.log_decay is None:
             return products
-        return products * jnp.exp(sums_between(jnp.moveaxis(self.log_decay, 2, 4)))[:, :, :, :, None]
+        decay = jnp.exp(sums_between(jnp.moveaxis(self.log_decay, 2, 4)))[:, :, :, :, None]
+        return jnp.where(mask, products * decay, 0)
 
     def from_start(self, array: jax.Array) -> jax.Array:
         """[b, n, t, a, r, g, ...] times the decay of a head since the chunk's start."""
@@ -124,9 +126,9 @@ class _Chunks:
         if self.log_decay is not None:
             decay = jnp.exp(sums_after(self.log_decay, 2))
             if self.channels:
-                k = k * decay
+                k = keep(mask, k * decay)
             else:
-                values, weights = values * decay[..., None], weights * decay
+                values, weights = keep(mask, values * decay[..., None]), keep(mask, weights * decay)
         memory = product("bnsak,bnsarv->bnarkv", k, values)
         return memory, product("bnsak,bnsar->bnark", k, weights) if self.static.normalize else None
 
@@ -176,7 +178,7 @@ class _Chunks:
         seen = keep(self.first, self.seen_from_start(k))  # [b, n, t, a, 1, K]
         seen = self.from_start(jnp.broadcast_to(seen, (*seen.shape[:3], a, r, seen.shape[-1])))
         sides = jnp.moveaxis(jnp.concatenate([self.v, seen], axis=-1), 2, 4)
-        solved = jax.lax.linalg.triangular_solve(system, beta * sides, left_side=True, lower=True, unit_diagonal=True)
+        solved = product("bnarts,bnarsv->bnartv", inverse(system), beta * sides)
         width = self.v.shape[-1]
         values, seen = solved[..., :width], keep(self.first, jnp.moveaxis(solved[..., width:], 4, 2))
 
@@ -186,7 +188,7 @@ class _Chunks:
             values = jnp.moveaxis(values, 3, 1) - held
             written = keep(last, values)
             if decay is not None and not self.channels:
-                written = written * decay[0][..., None]
+                written = keep(last, written * decay[0][..., None])
             added = product("btak,btarv->barkv", k, written)
             left = self._carried(state, None if decay is None else decay[1], fresh)
             return SegmentState(left.memory + added, None, None, None), (state, values)
@@ -194,7 +196,7 @@ class _Chunks:
         k, decay = keep(self.last, self.k), None
         if self.log_decay is not None:
             after = jnp.exp(sums_after(self.log_decay, 2))
-            k = k * after if self.channels else k
+            k = keep(self.last, k * after) if self.channels else k
             decay = after, self._whole_decay()
         state, (found, values) = over_chunks(chunk, state, (values, seen, k, decay, self.fresh, self.first, self.last))
         return found, values, state
@@ -204,6 +206,7 @@ class _Chunks:
         if self.q is None:
             return None
         pairs = self.pair_factors(self.q, self.pairs)
+        values, overflown = self._finite(values)
         out = product("bnargts,bnsarv->bntargv", pairs, values)
         below = jnp.moveaxis(pairs.sum(axis=-1), 5, 2) if self.static.normalize else None
         seen = self.seen_from_start(self.q)
@@ -216,7 +219,16 @@ class _Chunks:
             if below is not None:
                 below += self.from_start(keep(mask, product("bntagk,bnark->bntarg", q, part[1])))
         out = out if below is None else ratio(out, below)
+        out = out if overflown is None else jnp.where(overflown, jnp.nan, out)
         return out.reshape(out.shape[0], -1, self.groups[0] * self.groups[1] * self.groups[2], out.shape[-1])
+
+    def _finite(self, values: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Finite values, and where the delta rule, whose keys are too long, has left others: [b, n, t, a, r, 1, 1]."""
+        if self.static.update != "delta_rule":
+            return values, None
+        bad = ~jnp.isfinite(values).all(axis=-1)
+        meets = product("bnts,bnsar->bntar", self.pairs.astype(values.dtype), bad.astype(values.dtype))
+        return jnp.where(bad[..., None], 0, values), (meets > 0)[..., None, None]
 
 
 def over_chunks(chunk, state, inputs):

@@ -26,7 +26,7 @@ from lcx.parallel.kernels import attend
 from lcx.parallel.sequence import halo, last
 from lcx.params import param
 from lcx.schema import limited
-from lcx_kernels.attention import attention, select_backend
+from lcx_kernels.attention import attention, fold_sinks, select_backend
 
 SINK_LOGIT_STD = 0.02  # of the start, as in gpt-oss
 
@@ -107,7 +107,7 @@ class Attention(GroupedHeads):
                 seen = hidden_sinks(positions, lookback, window, count)
                 out, log_sum_exp = add_sinks(out, log_sum_exp, far_query, first, seen)
             if sinks is not None:
-                out = out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]
+                out = fold_sinks(out, log_sum_exp, sinks)
             return (out.astype(query.dtype), key_tail, value_tail, *last(held))
 
         # A sink stands where the rolling cache has it: never farther than the cache is long.

@@ -25,7 +25,8 @@ from lcx.mixers.heads import (
     tail_documents,
     visible_pairs,
 )
-from lcx.parallel.sequence import halo
+from lcx.parallel.memory import pass_memory
+from lcx.parallel.sequence import halo, last
 from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.attention import attention, select_backend
@@ -93,22 +94,15 @@ class Infini(GroupedHeads):
                 offset=recent.shape[1] - query.shape[1],
                 backend=options.backend,
             )
-            far, memory = chunked_memory(
-                jax.nn.elu(query) + 1,
-                jax.nn.elu(key) + 1,
-                value,
-                positions=positions,
-                chunk_size=options.segment_length,
-                normalize=True,
-                update=options.update,
-                read="exclusive",
-                initial_state=None if past["memory"] is None else SegmentState(**past),
-                reset=lookback == 0,
-                backend=options.backend,
-            )
+            query, key = jax.nn.elu(query) + 1, jax.nn.elu(key) + 1
+            how = dict(update=options.update, read="exclusive", normalize=True, chunk_size=options.segment_length)
+            how |= dict(positions=positions, reset=lookback == 0, backend=options.backend)
+            memory = None if past["memory"] is None else SegmentState(**past)
+            memory = pass_memory(key, value, memory, **how)
+            far, memory = chunked_memory(query, key, value, initial_state=memory, **how)
             opened = jax.nn.sigmoid(gate)[:, None]
             out = opened * far + (1 - opened) * near.astype(far.dtype)
-            return (out.astype(query.dtype), key_tail, value_tail, *memory)
+            return (out.astype(turned_query.dtype), key_tail, value_tail, *last(memory))
 
         gate = self.gate[...].astype(self.dims.state_dtype)
         tails = {f"{name}_tail": past.get(name) for name in ("key", "value")}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -54,7 +55,7 @@ class Mamba(Mixer):
         inner = options.expand * dims.d_model
         rank = options.dt_rank or math.ceil(dims.d_model / 16)
         size, dtype = options.state_size, dims.param_dtype
-        check_backend(select_backend, options.backend)
+        check_backend(partial(select_backend, state=size, dtype=dims.state_dtype), options.backend)
         self.options, self.dims = options, dims
         self.inner, self.splits = inner, (rank, rank + size)
         self.in_proj = dims.dense(dims.d_model, (2, inner), ("d_model", None, "inner"), rngs)

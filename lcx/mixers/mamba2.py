@@ -13,6 +13,8 @@ from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogOfUn
 from lcx.layers.norm import normalize
 from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
 from lcx.mixers.convolution import TOKEN, ShortConvolution
+from lcx.parallel.memory import pass_memory
+from lcx.parallel.sequence import last
 from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.chunked_memory import chunked_memory, select_backend
@@ -100,16 +102,10 @@ class Mamba2(Mixer):
             dt = jnp.clip(dt, *options.dt_limit)
 
         def local(q, k, v, log_decay, initial_state, reset):
-            return chunked_memory(
-                q,
-                k,
-                v,
-                log_decay=log_decay,
-                chunk_size=options.chunk_size,
-                initial_state=initial_state,
-                reset=reset,
-                backend=options.backend,
-            )
+            how = dict(log_decay=log_decay, reset=reset, chunk_size=options.chunk_size, backend=options.backend)
+            initial_state = pass_memory(k, v, initial_state, **how)
+            y, state = chunked_memory(q, k, v, initial_state=initial_state, **how)
+            return y, last(state)
 
         arrays = {
             "q": context.shard.groups_for(self.heads, C),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lcx.parallel.ring import ring_attention
 from lcx.parallel.sequence import MeshAxis, gather, time_axis, time_over
 from lcx.parallel.sharding import ambient_mesh, divisible_spec, shards
-from lcx_kernels.attention import attention
+from lcx_kernels.attention import attention, fold_sinks
 from lcx_kernels.backends import is_interpreted
 
 Axes = tuple[str | None, ...]
@@ -102,7 +102,7 @@ def attend(
     if exchange == "ring":
         out, log_sum_exp = ring_attention(query, key, value, documents, axis=axis, backend=backend)
         if sinks is not None:  # once, when all keys have been seen
-            out = out * jax.nn.sigmoid(log_sum_exp - sinks.astype(log_sum_exp.dtype))[..., None]
+            out = fold_sinks(out, log_sum_exp, sinks)
         return out.astype(query.dtype)
     keys, values, their_documents = gather((key, value, documents))
     slots = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), their_documents.shape)

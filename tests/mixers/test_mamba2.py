@@ -95,14 +95,24 @@ def test_groups_follow_their_heads_on_any_mesh():
     assert difference.value < laws.TOLERANCE["float64"], difference
 
 
-@pytest.mark.parametrize("groups, part", [(8, "tensor"), (1, None)])
-def test_groups_that_do_not_divide_are_whole(groups, part):
-    record = {"type": "mamba2", "head_dim": 8, "num_groups": groups}
+def shardings(head_dim, groups):
+    """Of a Mamba-2 with 64 channels, over two devices of fsdp and four of tensor."""
+    record = {"type": "mamba2", "head_dim": head_dim, "num_groups": groups}
     mixer = nnx.eval_shape(lambda: build_mixer("mine", record, ModelDims(32, sublayers=2), nnx.Rngs(0)))
     shapes = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
-    shardings = parameter_shardings(shapes, declarations(mixer), mesh_of(fsdp=2, tensor=4))
-    assert shardings["B_C_proj"]["weight"].spec == jax.sharding.PartitionSpec("fsdp", None, part, None)
-    assert shardings["z_x_proj"]["weight"].spec == jax.sharding.PartitionSpec("fsdp", None, "tensor", None)
+    return parameter_shardings(shapes, declarations(mixer), mesh_of(fsdp=2, tensor=4))
+
+
+@pytest.mark.parametrize("groups, part", [(8, "tensor"), (1, None)])
+def test_groups_that_do_not_divide_are_whole(groups, part):
+    found = shardings(8, groups)
+    assert found["B_C_proj"]["weight"].spec == jax.sharding.PartitionSpec("fsdp", None, part, None)
+    assert found["z_x_proj"]["weight"].spec == jax.sharding.PartitionSpec("fsdp", None, "tensor", None)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="heads=2, which does not divide over the 4 devices of mesh.tensor"):
+        shardings(32, 1)
 
 
 @pytest.mark.slow

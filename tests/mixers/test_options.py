@@ -35,7 +35,7 @@ def mixer(record, dims=DIMS):
         ({"type": "mamba", "state_size": "many"}, "model.mixers.mine.state_size must be"),
         ({"type": "mamba", "backend": "tritn"}, "model.mixers.mine: backend: unknown name 'tritn'"),
         ({"type": "mamba", "backend": "pallas_tpu"}, 'model.mixers.mine: backend "pallas_tpu" needs a TPU'),
-        ({"type": "attention", "num_heads": 4, "backend": "triton"}, 'model.mixers.mine: backend "triton" is missing'),
+        ({"type": "attention", "num_heads": 4, "backend": "triton"}, 'model.mixers.mine: backend "triton" needs a GPU'),
         ({"type": "no_such_package.mixers:Mine"}, 'cannot import "no_such_package.mixers"'),
         ({"type": "lcx.config:ModelConfig"}, "is not a subclass of lcx.mixers.Mixer"),
     ],

@@ -1,4 +1,4 @@
-"""The arithmetic of `triton` attention, in Triton's interpreter: same kernels, grids, block sizes, order of arguments."""
+"""The arithmetic of `triton` attention, in Triton's interpreter: same kernels, grids, blocks, order of arguments."""
 
 import contextlib
 import functools
@@ -10,7 +10,6 @@ import pytest
 from lcx_kernels.attention import triton_gpu, triton_plan
 from lcx_kernels.backends import compiling_for
 from lcx_kernels.selective_scan.triton_plan import Launch
-from tests.kernels import test_attention as base
 from tests.kernels.test_attention import AttentionTests
 from tests.kernels.test_attention_triton import compare_large
 from tests.parity.test_triton_interpreter import Interpreter

@@ -1,16 +1,16 @@
-"""The arithmetic and the memory traffic of the `triton` convolution, in Triton's interpreter; see test_triton_interpreter."""
+"""The arithmetic and the memory traffic of the `triton` convolution, in Triton's interpreter."""
 
 import contextlib
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lcx_kernels.backends import compiling_for
-from lcx_kernels.causal_conv import causal_conv, triton_gpu
-from tests.kernels.test_causal_conv import ConvTests, draw
+from lcx_kernels.causal_conv import triton_gpu
+from tests import triton_traffic
+from tests.kernels.test_causal_conv import ConvTests
 from tests.parity.test_triton_interpreter import Interpreter
 
 pytestmark = pytest.mark.parity
@@ -48,26 +48,24 @@ class TestTriton(ConvTests):
     environment = interpreted
 
 
-def test_memory_traffic(record_property):
-    """Over the least possible: x read, y written; x and dy read, dx written; bfloat16, of whole blocks and segments."""
-    time, channels = 2 * triton_gpu.LENGTH, 256
-    arguments = {name: jnp.asarray(value, jnp.bfloat16) for name, value in draw(1, time, channels, 4).items()}
-    arguments["lookback"] = jnp.full((1, time), 3)
-    arrays = {name: array for name, array in arguments.items() if name != "lookback"}
-    tokens = arguments["x"].nbytes
-    with interpreted(triton_gpu.LENGTH, triton_gpu.GROUP):
-        run = lambda arrays: causal_conv(**arrays, lookback=arguments["lookback"], silu=True, backend="triton")  # noqa: E731
+@pytest.mark.parametrize("limited", [True, False])
+def test_memory_traffic_is_as_counted(limited):
+    """The count of `triton_traffic`, which tests/aot prints and limits, is what the programs load and store."""
+    rng, batch = np.random.default_rng(0), 1 + limited
+    x, tail, dy = (rng.normal(size=(batch, time, 260)).astype(np.float32) for time in (37, 3, 37))
+    weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((260, 4), (260,)))
+    lookback = rng.integers(0, 5, (batch, 37)).astype(np.int32) if limited else None
+    arrays, shape = (x, tail, weight, bias, lookback), (x.shape, np.float32)
+    sums = ((tail.shape, np.float32), ((batch, 3, 5, 260), np.float32))
+    with interpreted():
+        launches = [
+            triton_gpu._launch("forward", True, *arrays, (), (shape,)),
+            triton_gpu._launch("backward", True, *arrays, (dy,), (shape, *sums)),
+        ]
+    for launch in launches:
         before = INTERPRETER.moved
-        outputs, pull = jax.vjp(run, arrays)
-        jax.block_until_ready(outputs)
-        forward = INTERPRETER.moved - before
-        jax.block_until_ready(pull(outputs))
-        sums = 4 * 5 * channels * 2  # read again, by the sums outside
-        backward = INTERPRETER.moved - before - forward + sums
-    ratios = forward / (2 * tokens), backward / (3 * tokens)
-    record_property("row", {"convolution": "triton", "forward": f"{ratios[0]:.2f}", "backward": f"{ratios[1]:.2f}"})
-    assert ratios[0] <= 1.1
-    assert ratios[1] <= 1.2
+        INTERPRETER(launch._replace(inputs=()), *launch.inputs)
+        assert INTERPRETER.moved - before == triton_traffic.moved_by_convolution(launch), launch.kernel
 
 
 def test_offsets_beyond_two_to_the_31():

@@ -2,8 +2,8 @@
 
 Whether a kernel is interpreted is settled when Triton is imported, so this is a process of its own. It reads pickled
 requests from standard input until that ends: (kernel, programs, arrays, scalars, outputs, constants, stretched), the
-fields of a `Launch` with numpy arrays for inputs, and "module:name" for the kernel. It answers each with a pickled (output arrays, bytes loaded and
-stored), or with the traceback. Outputs start as NaN: what a kernel leaves out is seen.
+fields of a `Launch` with numpy arrays for inputs, and "module:name" for the kernel. It answers each with a pickled
+(output arrays, bytes loaded and stored), or with the traceback. Outputs start as NaN: what a kernel leaves out is seen.
 
 ``stretched`` maps sizes to larger ones: every axis of such a size becomes that long in memory (of which only the pages
 that are touched exist), with what was sent at its start; of outputs the start is answered.

@@ -160,6 +160,10 @@ PIECES = {
         lambda: difference(MAMBA, conv_width=4 + 32),
         (convolution, floats(1, 95, INNER), floats(32, INNER)),
     ),
+    "convolutions of Mamba-2": (
+        lambda: difference(MAMBA2, conv_width=4 + 32),
+        (convolution, floats(1, 95, INNER + 2 * 2 * 32), floats(32, INNER + 2 * 2 * 32)),
+    ),
     "scan": (  # x_proj makes B and C
         lambda: difference(MAMBA, state_size=16 + 48) - 64 * 2 * INNER * 2 * 48,
         (
