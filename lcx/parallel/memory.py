@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from lcx.parallel.sequence import pass_state, time_axis
-from lcx_kernels.chunked_memory import MemorySummary, SegmentState, chunked_memory_summary
+from lcx_kernels.chunked_memory import MemorySummary, chunked_memory_summary
 
 
 def pass_memory(k: jax.Array, v: jax.Array, initial: Any, **how: Any) -> Any:
@@ -22,16 +22,10 @@ def pass_memory(k: jax.Array, v: jax.Array, initial: Any, **how: Any) -> Any:
     if time_axis() is None:
         return initial
     summarize = partial(chunked_memory_summary, k, v, **how)
-    exchange = partial(pass_state, then=MemorySummary.then, apply=_apply)
+    apply = lambda summary, state: summary.state if state is None else summary.apply(state)  # noqa: E731
+    exchange = partial(pass_state, then=MemorySummary.then, apply=apply)
     if how.get("update") == "segment_delta":  # what it writes depends on normalisers: these first
         known = None if initial is None else initial._replace(memory=None, open_memory=None)
         found = exchange(summarize, known)
         summarize = partial(summarize, normalizers=(found.normalizer, found.open_normalizer))
     return exchange(summarize, initial)
-
-
-def _apply(summary: MemorySummary, state: Any) -> Any:
-    if state is not None:
-        return summary.apply(state)
-    segmented = isinstance(summary.state, SegmentState) and summary.closed is not None
-    return summary.state if segmented or summary.state.normalizer is not None else summary.state.memory

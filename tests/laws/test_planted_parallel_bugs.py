@@ -313,7 +313,9 @@ BUGS = {
         "mamba", ((convolution, "causal_conv"),), on_shards(leaky_taps), ALL | {ISOLATION}
     ),
     "decays composed backwards": Bug("mamba", ((mamba, "pass_state"),), on_shards(backwards), ALL | {ISOLATION}),
-    "a state of the neighbour alone": Bug("mamba", ((mamba, "pass_state"),), on_shards(neighbour_only), ALL),
+    "a state of the neighbour alone": Bug(
+        "mamba", ((mamba, "pass_state"),), on_shards(neighbour_only), ALL | {ISOLATION}
+    ),
     "a state without a gradient": Bug("mamba", ((mamba, "pass_state"),), on_shards(without_gradient), ALL),
     "an incoming state without a gradient": Bug(
         "mamba", ((mamba, "pass_state"),), on_shards(cut_initial_gradient), {STATE}
