@@ -146,8 +146,8 @@ def try_stack(trials: Trials, config: Config, mesh: Mesh) -> None:
     reference = laws.stack_subject("reference", with_backend(config, "reference").model)
 
     def causality() -> Deviation:
-        """Up to the last token of a shard of time, and up to one within a shard."""
-        tries = itertools.product((time // 2 - 1, time - 3), chunks)
+        """Up to the last token of a shard of time, and up to others early and late."""
+        tries = itertools.product((time // 8, time // 2 - 1, time - 3), chunks)
         return together({f"up to {last}{name}": laws.causality(on_mesh, chunks[name], last) for last, name in tries})
 
     def isolation() -> Deviation:

@@ -168,7 +168,9 @@ class Report:
     def _print_table(self) -> None:
         from rich.table import Table
 
-        table = Table(*[name for name, _ in self.COLUMNS])
+        table = Table()
+        for name, _ in self.COLUMNS:
+            table.add_column(name, overflow="fold")
         for row in self.rows:
             style = None if row[4] == "holds" else "bold red" if row[4] == "BROKEN" else "yellow"
             table.add_row(*row, style=style)

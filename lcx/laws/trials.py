@@ -10,27 +10,31 @@ from lcx.laws.subject import Subject
 
 
 def trial_lengths(time: int) -> list[int]:
-    """Parts of a chunk of that many tokens, an even number: two of one length that crosses shards, two of one token."""
-    half = time // 2 - 1
-    return [half, 1, half, 1]
+    """Parts of a chunk of that many tokens: three that cross shards, and single tokens.
+
+    Two lengths, so that there is little to compile. Not the same backwards: what holds by symmetry alone, as of the
+    shards' order around attention, is to show.
+    """
+    third = (time - 2) // 3
+    return [third, 1, third, third] + [1] * (time - 3 * third - 1)
 
 
 def trial_chunk(subject: Subject, time: int, rows: int, shards: int, seed: int = 0) -> Chunk:
     """A chunk from states that hold tokens.
 
     One row is a single document that goes on from the state; one goes on with a document, has others behind it and ends
-    in padding; one starts with a document of its own. Where rows are cut over several shards the last shard is all
+    in padding; one starts with documents of its own. Where rows are cut over several shards the last shard is all
     padding, else a row is.
 
     Args:
       subject: gives the widths and the dtype.
-      time: tokens of a row, an even number.
+      time: tokens of a row.
       rows, shards: how many rows there are, and over how many shards they are cut.
       seed: of all values.
     """
     parts = trial_lengths(time)
     # (documents, position of the first token, tokens that the state holds, documents that are padding)
-    kinds = [([time], 3, 7, 0), (parts, 5, 4, 1), (parts[::-1], 0, 7, 0), ([time], 0, 2, 1)]
+    kinds = [([time], 3, 7, 0), (parts, 5, 4, len(parts) - 3), (parts[::-1], 0, 7, 0), ([time], 0, 2, 1)]
     empty = rows // shards if shards > 1 else rows // len(kinds)
     chosen = [kinds[row % 3] for row in range(rows - empty)] + [kinds[3]] * empty
     documents, first_positions, lengths, padding = zip(*chosen, strict=True)

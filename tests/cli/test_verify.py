@@ -119,6 +119,7 @@ def test_the_first_array_that_differs_is_named(mine, tmp_path, capsys):
     assert "FAILED on seq=2: sharding: state_gradient/0_average/average/average is the first" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_law_that_a_mixer_declares_to_break_may_break(mine, tmp_path, capsys):
     assert main(words(tmp_path / "w", "mine:Forgetful", "data=2")) == 0
     assert broken(tmp_path / "w") == {"continuation"}
@@ -153,7 +154,7 @@ def test_a_mixer_that_raises_breaks_the_law(mine, tmp_path, capsys):
         (
             "tensor=8",
             ["--config.model.pattern=swa"],
-            "has heads=12, which does not divide over the 8",
+            "has kv_heads=12, which does not divide over the 8",
         ),
         ("seq=8", ["--config.train.sequence_length=60"], "train.sequence_length=60 does not divide over mesh.seq=8"),
         ("data=8", ["--config.train.batch_size=12"], "train.batch_size=12 does not divide over 8 devices"),

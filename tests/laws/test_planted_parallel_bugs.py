@@ -11,8 +11,8 @@ import pytest
 
 from lcx.cli.certify import certify
 from lcx.config import Config, MeshConfig, default_config
-from lcx.mixers import attention, convolution, mamba, sinks
-from lcx.parallel import kernels, ring, sequence
+from lcx.mixers import attention, convolution, infini, mamba, mamba2, sinks
+from lcx.parallel import kernels, memory, ring, sequence
 from lcx.parallel.mesh import make_mesh
 from lcx.parallel.sharding import ambient_mesh, time_shards
 from lcx.training import train_step
@@ -118,7 +118,7 @@ def one_neighbour(right):
 
 
 def without_gradient(right):
-    return lambda *arguments: jax.lax.stop_gradient(right(*arguments))
+    return lambda *arguments, **options: jax.lax.stop_gradient(right(*arguments, **options))
 
 
 # State passing: (summarize, initial, then, apply) -> the state before the shard.
@@ -177,10 +177,6 @@ def leaky_taps(right):
 
 def wider_window(right):
     return lambda *arguments, window, **options: right(*arguments, window=window + 1, **options)
-
-
-def narrower_window(right):
-    return lambda *arguments, window, **options: right(*arguments, window=window - 1, **options)
 
 
 def local_documents(right):
@@ -256,6 +252,26 @@ def whole_is_a_part(right):
 # The loss: weights of a batch -> what they are divided by.
 
 
+def at_the_start(right):
+    """The memory before the sequence on every shard."""
+    return lambda k, v, initial, **how: initial
+
+
+def normalizers_of_nothing(right):
+    def wrong(*arguments, normalizers=None, **how):
+        return right(*arguments, normalizers=jax.tree.map(jnp.zeros_like, normalizers), **how)
+
+    return wrong
+
+
+def positions_in_the_shard(right):
+    def wrong(*arguments, positions, **how):
+        local = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
+        return right(*arguments, positions=jnp.minimum(positions, local), **how)
+
+    return wrong
+
+
 def mean_of_time_shards(right):
     """A mean of the means of the shards of time."""
 
@@ -299,11 +315,9 @@ BUGS = {
     "a halo off by one": Bug("swa", BEFORE, off_by_one, ALL),
     "a convolution's halo off by one": Bug("mamba", BEFORE, off_by_one, ALL),
     "a halo without the carried tail": Bug("swa", BEFORE, without_tail, {STATE}),
-    "a convolution without the carried tail": Bug("mamba", BEFORE, without_tail, {STATE}),
     "a halo of one neighbour": Bug("swa", BEFORE, one_neighbour, RUN),
     "a halo without a gradient": Bug("swa", BEFORE, without_gradient, ALL),
     "a window too wide across shards": Bug("swa", ((attention, "attention"),), on_shards(wider_window), ALL),
-    "a window too narrow across shards": Bug("swa", ((attention, "attention"),), on_shards(narrower_window), ALL),
     "document numbers of a shard": Bug("swa", ((attention, "documents"),), local_documents, ALL | {ISOLATION}),
     "sink tokens that stay behind": Bug(
         "sinks", ((sinks, "pass_state"),), on_shards(everywhere_initial), ALL | {ISOLATION}
@@ -324,8 +338,15 @@ BUGS = {
         "mamba", ((mamba, "selective_scan_summary"),), keeps_resets_out, ALL | {ISOLATION}
     ),
     "a final state summed over shards": Bug("mamba", ((mamba, "last"),), on_shards(summed_over_shards), ALL),
+    "a memory that stays behind": Bug("mamba2", ((mamba2, "pass_memory"),), on_shards(at_the_start), ALL | {ISOLATION}),
+    "a memory carried across documents": Bug(
+        "mamba2", ((memory, "chunked_memory_summary"),), keeps_resets_out, ALL | {ISOLATION}
+    ),
+    "groups for other heads": Bug("mamba2", ((kernels.Shard, "groups_for"),), cut_unrepeated, ALL, {"tensor": 4}),
+    "segments counted in a shard": Bug("infini", ((infini, "chunked_memory"),), on_shards(positions_in_the_shard), ALL),
+    "normalisers of nothing": Bug("delta", ((memory, "chunked_memory_summary"),), normalizers_of_nothing, ALL),
     "a sink counted on every shard": Bug("attention", ((attention, "attend"),), on_shards(sink_a_shard), {NONE, *RUN}),
-    "pieces dealt out swapped": Bug("attention", ((ring, "deal"),), swapped_pieces, {NONE, CAUSALITY, *RUN}),
+    "pieces dealt out swapped": Bug("attention", ((ring, "deal"),), swapped_pieces, {NONE, CAUSALITY, ISOLATION, *RUN}),
     "documents dealt out otherwise": Bug("attention", ((ring, "deal"),), swapped_documents, {NONE, ISOLATION, *RUN}),
     "documents forgotten on a hop": Bug("attention", ((ring, "_meet"),), own_documents, {NONE, ISOLATION, *RUN}),
     "parts merged without weights": Bug("attention", ((ring, "_merge"),), mean_of_parts, {NONE, *RUN}),
