@@ -18,13 +18,13 @@ drills: .venv/installed-test  ## the tests that take minutes: kills and resumes,
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
 
 aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-aot/bin/pytest -m aot tests/aot
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m aot tests/aot
 
 bench: .venv/installed  ## times kernels beside what one would write instead
 	$(BIN)/python scripts/benchmark.py kernels
 
 parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
-	$(BIN)/pytest -m parity tests/parity
+	$(BIN)/pytest -n 2 --dist loadfile -m parity tests/parity
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

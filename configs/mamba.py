@@ -8,8 +8,6 @@ Options: size (below; tiny if left out) and sequence_length. A published size ke
 sequence_length.
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 from lcx import recipes
@@ -40,14 +38,6 @@ SIZES = {
     "1.8b": dict(layers=64, d_model=2048, vocab_size=50_304),
 }
 
-# Tokens a step, in rows of 2048, and five times GPT-3's learning rate.
-PILE_RECIPES = {
-    "130m": (2**19, 3e-3),
-    "370m": (2**19, 1.5e-3),
-    "790m": (2**19, 1.25e-3),
-    "1.4b": (2**20, 1e-3),
-    "2.8b": (2**20, 8e-4),
-}
 # Rows of 4096 tokens. The schedule of the Phi-2 run is not published; SlimPajama's stands in for it.
 SAMBA_RECIPES = {
     "432m": dict(tokens=20e9, batch_size=512, learning_rate=4e-4),
@@ -70,12 +60,10 @@ def get_config(arg: str = "") -> ConfigDict:
     model.d_model = size["d_model"]
     model.vocab_size = size["vocab_size"]
 
-    if options["size"] in PILE_RECIPES:
-        tokens_per_step, learning_rate = PILE_RECIPES[options["size"]]
-        steps = math.ceil(300e9 / tokens_per_step)
-        recipes.gpt3_like(config, options["sequence_length"] or 2048, tokens_per_step, steps, learning_rate)
+    if options["size"] == "tiny":
+        recipes.tiny(config, options["sequence_length"] or 512)
     elif options["size"] in SAMBA_RECIPES:
         recipes.slimpajama(config, options["sequence_length"] or 4096, **SAMBA_RECIPES[options["size"]])
     else:
-        recipes.tiny(config, options["sequence_length"] or 512)
+        recipes.pile(config, options["sequence_length"] or 2048)
     return config

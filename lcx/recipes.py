@@ -9,6 +9,14 @@ import math
 from ml_collections import ConfigDict
 
 GPT3_WARMUP_TOKENS = 375e6  # stands in for warm-ups that are not published
+# d_model: tokens a step, in rows of 2048, and five times GPT-3's learning rate.
+PILE = {
+    768: (2**19, 3e-3),
+    1024: (2**19, 1.5e-3),
+    1536: (2**19, 1.25e-3),
+    2048: (2**20, 1e-3),
+    2560: (2**20, 8e-4),
+}
 
 
 def tiny(config: ConfigDict, sequence_length: int) -> None:
@@ -34,6 +42,12 @@ def gpt3_like(config: ConfigDict, sequence_length: int, tokens_per_step: int, st
     published(config, sequence_length, tokens_per_step, steps)
     warmup = round(GPT3_WARMUP_TOKENS / tokens_per_step)
     config.optimizer.update(learning_rate=learning_rate, warmup_steps=warmup, final_ratio=1e-5 / learning_rate)
+
+
+def pile(config: ConfigDict, sequence_length: int) -> None:
+    """The runs of the Mamba papers' checkpoints, by the model's width: 300e9 tokens of the Pile."""
+    tokens_per_step, learning_rate = PILE[config.model.d_model]
+    gpt3_like(config, sequence_length, tokens_per_step, math.ceil(300e9 / tokens_per_step), learning_rate)
 
 
 def published(config: ConfigDict, sequence_length: int, tokens_per_step: int, steps: int) -> None:

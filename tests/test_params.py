@@ -79,7 +79,7 @@ def test_decay_is_declared_for_matrices_alone():
         for path, leaf in jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_declaration)
         if not leaf.decay
     }
-    assert undecayed == {"A_log", "D", "conv_bias", "dt_bias", "scale"}
+    assert undecayed == {"A_log", "D", "bias", "dt_bias", "scale"}
     axes = jax.tree.map(lambda leaf: len(leaf.axes), declared, is_leaf=is_declaration)
     stacked = jax.tree.map(lambda leaf, count: leaf.ndim - count, params, axes)
     assert set(jax.tree.leaves(stacked["stack"])) == {1} and set(jax.tree.leaves(stacked["embedding"])) == {0}

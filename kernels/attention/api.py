@@ -1,21 +1,12 @@
-"""The public function: checks the arguments, brings masks to one form, picks the backend, folds in the sinks."""
+"""The public function: checks the arguments, picks the backend, folds in the sinks."""
 
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.attention import reference, xla
-from lcx_kernels.attention.visibility import Band, Keys, Queries
-from lcx_kernels.backends import resolve_backend
-
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.choice import BACKENDS, choose
 
 Pair = jax.Array | tuple[jax.Array, jax.Array]
-
-
-def select_backend(backend: str) -> str:
-    """The name of the implementation that `backend` means here; see `resolve_backend` for what it raises."""
-    return resolve_backend(backend, IMPLEMENTATIONS, AUTO)
 
 
 def attention(
@@ -29,7 +20,6 @@ def attention(
     sinks: jax.Array | None = None,
     positions: Pair | None = None,
     offset: int | None = None,
-    lookback: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
@@ -41,7 +31,6 @@ def attention(
 
         causal        index(j) <= index(i)
         window        index(i) - index(j) < window
-        lookback      index(i) - index(j) <= lookback[i]
         segment_ids   segment(i) == segment(j)
 
     Query head h reads key and value head h // (heads // kv_heads). Scores are scale * q.k, then, with a ``softcap``,
@@ -63,12 +52,14 @@ def attention(
       positions: indices in the row, int32, of the shapes of ``segment_ids``; may be negative, in any order. For
         alignments that are known only when running (decoding into a cache, a ring).
       offset: query t stands at slot offset + t of the keys, 0 <= offset <= keys - time. Static, so that a window costs
-        time linear in T; excludes ``positions``. With neither, keys == time is required and offset is 0.
-      lookback: int32 [batch, time], how far back each query sees; less than 0 means no key at all.
+        time linear in T; excludes ``positions``. With neither, keys == time is required and offset is 0, unless no
+        alignment is needed: without ``causal`` and ``window``.
       scale: what q.k is multiplied by, static; None for K ** -0.5.
       softcap: the bound of the capped scores, static and positive; None for no cap.
-      backend: "auto", "reference" (dense) or "xla" (blockwise).
-      chunk_size: the number of queries of a block; None for a tuned value. It does not change what is computed.
+      backend: "auto", "reference" (dense), "xla" (blockwise), "pallas_tpu" (JAX's splash attention), "triton" or
+        "cudnn". What each cannot do, says its ``refusal``.
+      chunk_size: the number of queries of a block, at most; None for a tuned value. It does not change what is
+        computed.
 
     Returns:
       out: [batch, time, heads, V] in q.dtype.
@@ -77,39 +68,42 @@ def attention(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit together.
-      BackendUnavailable: the backend named cannot run here.
+      BackendUnavailable: the backend named cannot run here, or cannot do this.
     """
     _check_arrays(q, k, v, sinks)
     for name, value in (("window", window), ("chunk_size", chunk_size), ("softcap", softcap)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive or None, got {value}")
-    implementation = IMPLEMENTATIONS[select_backend(backend)]
-
-    batch, time, heads, width = q.shape
+    batch, time = q.shape[:2]
     keys = k.shape[1]
-    query_index, key_index, offset = _indices(positions, offset, batch, time, keys)
-    segments = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids, batch, time, keys)
-    first = None if window is None else query_index - (window - 1)
-    if lookback is not None:
-        _check_integers("lookback", lookback, (batch, time))
-        bound = query_index - lookback.astype(jnp.int32)
-        first = bound if first is None else jnp.maximum(first, bound)
-    band = Band(offset if causal else None, None if window is None else window - 1)
-
-    out, log_sum_exp = implementation(
-        q,
-        k,
-        v,
-        Queries(first, query_index if causal else None, segments[0]),
-        Keys(key_index, segments[1]),
-        band,
-        scale=width**-0.5 if scale is None else scale,
-        softcap=softcap,
-        chunk_size=chunk_size,
-    )
+    indices = segments = (None, None)
+    if positions is not None:
+        if offset is not None:
+            raise ValueError("give positions or offset, not both")
+        indices = _pair("positions", positions, batch, time, keys)
+    elif causal or window is not None or offset is not None:
+        offset = _offset(offset, time, keys)
+    else:
+        offset = 0  # alignment hides nothing
+    if segment_ids is not None:
+        segments = _pair("segment_ids", segment_ids, batch, time, keys)
+    arguments = Arguments(q, k, v, *indices, *segments)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    static = Static(causal, window, offset, scale, softcap, chunk_size)
+    out, log_sum_exp = BACKENDS[choose(backend, arguments, static)].run(arguments, static)
     if sinks is not None:
-        out *= jax.nn.sigmoid(log_sum_exp - sinks.astype(log_sum_exp.dtype))[..., None]
+        out = fold_sinks(out, log_sum_exp, sinks)
     return out.astype(q.dtype), log_sum_exp
+
+
+def fold_sinks(out: jax.Array, log_sum_exp: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Let the sinks [heads] join the denominators of ``out``, a result of ``attention`` without them.
+
+    Returns out * sigmoid(log_sum_exp - sinks), written so that the derivative is right also where the sigmoid is
+    nearly 1, as over many keys: that of a sigmoid in floating point, s (1 - s), is then mostly rounding.
+    """
+    share = jnp.exp(-jax.nn.softplus(sinks.astype(log_sum_exp.dtype) - log_sum_exp))
+    return out * share[..., None]
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> None:
@@ -130,32 +124,21 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | N
         raise ValueError(f"sinks must be [heads] = [{heads}], got {list(sinks.shape)}")
 
 
-def _check_integers(name: str, array: jax.Array, shape: tuple[int, int]) -> None:
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers {list(shape)}, got {array.dtype}{list(array.shape)}")
-
-
 def _pair(name: str, value: Pair, batch: int, time: int, keys: int) -> tuple[jax.Array, jax.Array]:
     """Return the query and the key side of an argument that may be one array for both, in int32."""
-    query_side, key_side = value if isinstance(value, tuple) else (value, value)
-    _check_integers(f"{name} of the queries", query_side, (batch, time))
-    _check_integers(f"{name} of the keys", key_side, (batch, keys))
-    return query_side.astype(jnp.int32), key_side.astype(jnp.int32)
+    pair = value if isinstance(value, tuple) else (value, value)
+    for side, array, length in zip(("queries", "keys"), pair, (time, keys), strict=True):
+        if array.shape != (batch, length) or not jnp.issubdtype(array.dtype, jnp.integer):
+            shape = [batch, length]
+            raise ValueError(f"{name} of the {side} must be integers {shape}, got {array.dtype}{list(array.shape)}")
+    return pair[0].astype(jnp.int32), pair[1].astype(jnp.int32)
 
 
-def _indices(
-    positions: Pair | None, offset: int | None, batch: int, time: int, keys: int
-) -> tuple[jax.Array, jax.Array, int | None]:
-    """Return the query indices, the key indices and the offset between them where it is static."""
-    if positions is not None:
-        if offset is not None:
-            raise ValueError("give positions or offset, not both")
-        return *_pair("positions", positions, batch, time, keys), None
+def _offset(offset: int | None, time: int, keys: int) -> int:
     if offset is None:
         if time != keys:
             raise ValueError(f"{time} queries and {keys} keys: say how they align with positions or offset")
-        offset = 0
+        return 0
     if not 0 <= offset <= keys - time:
         raise ValueError(f"offset {offset} is outside 0 to keys - time = {keys - time}")
-    slots = jnp.arange(keys, dtype=jnp.int32)[None]
-    return slots[:, offset : offset + time], slots, offset
+    return offset

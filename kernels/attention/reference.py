@@ -3,34 +3,24 @@
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, visible
+from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, sides, visible
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Queries,
-    keys: Keys,
-    band: Band,
-    *,
-    scale: float,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> tuple[jax.Array, jax.Array]:
+def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:
     """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators.
 
-    The arguments are those of ``api.attention`` after normalisation. There are no blocks here: ``band`` says nothing
-    that ``queries`` and ``keys`` do not, and ``chunk_size`` does not matter.
+    There are no blocks here: ``chunk_size`` does not matter.
     """
-    del band, chunk_size
+    q, k, v = arguments[:3]
+    queries, keys = sides(arguments, static)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     batch, time, heads, _ = q.shape
     kv_heads = k.shape[2]
-    q = (q.astype(dtype) * scale).reshape(batch, time, kv_heads, heads // kv_heads, -1)
+    q = (q.astype(dtype) * static.scale).reshape(batch, time, kv_heads, heads // kv_heads, -1)
     scores = jnp.einsum("btngk,bsnk->bngts", q, k.astype(dtype))
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    if static.softcap is not None:
+        scores = static.softcap * jnp.tanh(scores / static.softcap)
 
     expand_queries, expand_keys = (lambda x: x[:, None, None, :, None]), (lambda x: x[:, None, None, None, :])
     mask = visible(jax.tree.map(expand_queries, queries), jax.tree.map(expand_keys, keys))

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, visible
+from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, band, sides, visible
 
 # Runs that a causal triangle is cut into: n runs compute (n + 1) / n of the triangle. A run has two blocks if it can,
 # because a loop reuses its memory, and writing to fresh memory costs more here than the scores that are masked.
@@ -29,8 +30,8 @@ CHUNK_SIZES = (128, 64, 32)
 SCORES_PER_BLOCK = 2**20
 
 
-class Static(NamedTuple):
-    """What a call knows while tracing."""
+class Plan(NamedTuple):
+    """What is known while tracing."""
 
     band: Band
     scale: float
@@ -48,83 +49,75 @@ class Run(NamedTuple):
     extent: int
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Queries,
-    keys: Keys,
-    band: Band,
-    *,
-    scale: float,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators.
-
-    The arguments are those of ``api.attention`` after normalisation.
-    """
+def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:
+    """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators."""
+    q, k, v = arguments[:3]
     batch, time, heads, _ = q.shape
-    chunk_size = chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], band)
+    known = band(static)
+    chunk_size = static.chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], known)
     chunk_size = math.ceil(time / math.ceil(time / chunk_size))  # as even as can be, which pads least
-    return _attention(Static(band, scale, softcap, chunk_size), q, k, v, queries, keys)
+    return _attention(Plan(known, static.scale, static.softcap, chunk_size), q, k, v, *sides(arguments, static))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, q, k, v, queries: Queries, keys: Keys):
-    return _forward(static, q, k, v, queries, keys)
+def _attention(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    return _forward(plan, q, k, v, queries, keys)
 
 
-def _forward(static: Static, q, k, v, queries: Queries, keys: Keys):
-    time, heads = q.shape[1:3]
-    blocks = _split_queries(q, k.shape[2], static), _split_rows(queries, static.chunk_size)
+def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    time, kv_heads = q.shape[1], k.shape[2]
+    rows = _pad((q, queries), plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
-    def block(_, block_and_start, extent):
-        (q_block, queries_block), start = block_and_start
+    def block(_, number_and_start, extent):
+        number, start = number_and_start
+        q_block, queries_block = _take(rows, number, plan.chunk_size)
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        return None, _forward_block(q_block, k_part, v_part, queries_block, keys_part, static.softcap)
+        q_block = _split_heads(q_block, kv_heads) * plan.scale
+        out, log_sum_exp = _forward_block(q_block, k_part, v_part, queries_block, keys_part, plan.softcap)
+        return None, (_join_heads(out), _join_heads(log_sum_exp[..., None])[..., 0])
 
     pieces = []
-    for run in _runs(static, time, k.shape[2]):
-        pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, blocks, run)[1])
-    out, log_sum_exp = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
-    return _join_heads(out, time, heads), _join_heads(log_sum_exp[..., None], time, heads)[..., 0]
+    for run in _runs(plan, time, k.shape[2]):
+        pieces.append(_over_blocks(functools.partial(block, extent=run.extent), None, run)[1])
+    return jax.tree.map(lambda *parts: _join_blocks(parts, time), *pieces)
 
 
-def _forward_with_residuals(static: Static, q, k, v, queries: Queries, keys: Keys):
-    results = _forward(static, q, k, v, queries, keys)
+def _forward_with_residuals(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    results = _forward(plan, q, k, v, queries, keys)
     return results, (q, k, v, queries, keys, *results)
 
 
-def _backward(static: Static, residuals, cotangents):
+def _backward(plan: Plan, residuals, cotangents):
     q, k, v, queries, keys, out, log_sum_exp = residuals
     d_out, d_log_sum_exp = cotangents
-    time, heads, kv_heads = *q.shape[1:3], k.shape[2]
+    time, kv_heads = q.shape[1], k.shape[2]
     # The derivative of the loss in a score is p (v.d_out - shift): d out gives out.d_out, d log_sum_exp gives p itself.
     shift = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
-    rows = [_split_heads(x[..., None], kv_heads, static.chunk_size)[..., 0] for x in (log_sum_exp, shift)]
-    blocks = (
-        (_split_queries(q, kv_heads, static), _split_heads(d_out, kv_heads, static.chunk_size), *rows),
-        _split_rows(queries, static.chunk_size),
-    )
+    rows = _pad((q, d_out, log_sum_exp[..., None], shift[..., None], queries), plan.chunk_size)
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
 
-    def block(sums, block_and_start, extent):
-        (arrays, queries_block), start = block_and_start
+    def block(sums, number_and_start, extent):
+        number, start = number_and_start
+        *arrays, queries_block = _take(rows, number, plan.chunk_size)
+        q_block, d_out_block, *of_row = (_split_heads(x, kv_heads) for x in arrays)
+        of_row = [x[..., 0] for x in of_row]
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
-        dq, *parts = _backward_block(*arrays, k_part, v_part, queries_block, keys_part, static.softcap)
+        dq, *parts = _backward_block(
+            q_block * plan.scale, d_out_block, *of_row, k_part, v_part, queries_block, keys_part, plan.softcap
+        )
+        dq = _join_heads(jnp.moveaxis(dq, 2, -1)) * plan.scale
         return tuple(_add_at(total, part, start) for total, part in zip(sums, parts, strict=True)), dq
 
     sums = jnp.zeros_like(k), jnp.zeros_like(v)
     pieces = []
-    for run in _runs(static, time, k.shape[2]):
-        sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, blocks, run)
+    for run in _runs(plan, time, k.shape[2]):
+        sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, run)
         pieces.append(piece)
-    dq = _join_heads(jnp.moveaxis(jnp.concatenate(pieces), 3, -1) * static.scale, time, heads)
     dk, dv = (jnp.swapaxes(x, 1, 2) for x in sums)
-    return *(x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes, strict=True)), None, None
+    gradients = _join_blocks(pieces, time), dk, dv
+    return *(x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True)), None, None
 
 
 _attention.defvjp(_forward_with_residuals, _backward)
@@ -185,9 +178,9 @@ def _default_chunk_size(rows: int, time: int, keys: int, band: Band) -> int:
     return next(filter(fits, CHUNK_SIZES), CHUNK_SIZES[-1])
 
 
-def _runs(static: Static, time: int, keys: int) -> list[Run]:
+def _runs(plan: Plan, time: int, keys: int) -> list[Run]:
     """Cut the blocks of queries into runs, so that no block meets many more keys than it sees."""
-    (offset, reach), chunk_size = static.band, static.chunk_size
+    (offset, reach), chunk_size = plan.band, plan.chunk_size
     num_blocks = math.ceil(time / chunk_size)
     if offset is None:
         return [Run(0, num_blocks, 0, 0, keys)]
@@ -202,14 +195,14 @@ def _runs(static: Static, time: int, keys: int) -> list[Run]:
     return runs
 
 
-def _over_blocks(block, carry, blocks, run: Run):
-    """Apply ``block(carry, (its arrays, its first key)) -> (carry, results)`` to a run; results get a leading axis."""
+def _over_blocks(block, carry, run: Run):
+    """Apply ``block(carry, (its number, its first key)) -> (carry, results)`` to a run; results get a leading axis."""
     length = run.end - run.begin
     if length == 1:
-        carry, results = block(carry, (jax.tree.map(lambda x: x[run.begin], blocks), run.start))
+        carry, results = block(carry, (run.begin, run.start))
         return carry, jax.tree.map(lambda x: x[None], results)
-    starts = run.start + run.step * jnp.arange(length, dtype=jnp.int32)
-    return jax.lax.scan(block, carry, (jax.tree.map(lambda x: x[run.begin : run.end], blocks), starts))
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    return jax.lax.scan(block, carry, (run.begin + numbers, run.start + run.step * numbers))
 
 
 def _slice_keys(arrays, start, extent: int):
@@ -225,7 +218,8 @@ def _add_at(total, part, start):
     return jax.lax.dynamic_update_slice_in_dim(total, current + part, start, axis=2)
 
 
-# Layouts: heads stand in front of time inside, blocks in front of all.
+# Layouts: heads stand in front of time inside. What belongs to queries is laid out anew block by block, in the caches:
+# another copy of it all would be memory that is fresh in each call where T is large, and that costs most.
 
 
 def _heads_first(x):
@@ -233,29 +227,35 @@ def _heads_first(x):
     return jnp.swapaxes(x, 1, 2).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split_queries(q, kv_heads: int, static: Static):
-    return _split_heads(q, kv_heads, static.chunk_size) * static.scale
-
-
-def _split_heads(x, kv_heads: int, chunk_size: int):
-    """[batch, time, heads, width] to [blocks, batch, n, g, c, width], in the dtype of the accumulators."""
-    batch, time, heads, width = x.shape
-    x = _pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), chunk_size)
-    x = x.reshape(batch, -1, chunk_size, kv_heads, heads // kv_heads, width)
-    return x.transpose(1, 0, 3, 4, 2, 5)
-
-
-def _join_heads(x, time: int, heads: int):
-    """The inverse of ``_split_heads``."""
-    blocks, batch, _, _, chunk_size, width = x.shape
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * chunk_size, heads, width)[:, :time]
-
-
-def _split_rows(queries: Queries, chunk_size: int) -> Queries:
-    """[batch or 1, time] to [blocks, batch or 1, c]."""
-    return jax.tree.map(lambda x: jnp.swapaxes(_pad(x, chunk_size).reshape(x.shape[0], -1, chunk_size), 0, 1), queries)
-
-
-def _pad(x, chunk_size: int):
+def _pad(arrays, chunk_size: int):
     """Fill the last block with zeros along time. A query of zeros has finite scores, and its cotangent is 0."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk_size)] + [(0, 0)] * (x.ndim - 2))
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk_size)] + [(0, 0)] * (x.ndim - 2))
+
+    return jax.tree.map(pad, arrays)
+
+
+def _take(arrays, number, chunk_size: int):
+    """The block of that number of arrays [batch, time, ...]."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=number * chunk_size, slice_size=chunk_size)
+    return jax.tree.map(functools.partial(take, axis=1), arrays)
+
+
+def _split_heads(x, kv_heads: int):
+    """[batch, c, heads, width] to [batch, n, g, c, width], in the dtype of the accumulators."""
+    batch, time, heads, width = x.shape
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.reshape(batch, time, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _join_heads(x):
+    """The inverse of ``_split_heads``."""
+    batch, n, g, time, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, time, n * g, width)
+
+
+def _join_blocks(parts, time: int):
+    """Runs of [blocks, batch, c, ...] to [batch, time, ...]."""
+    blocks = jnp.moveaxis(jnp.concatenate(parts), 0, 1)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])[:, :time]

@@ -1,14 +1,36 @@
 """The depthwise causal convolution: one signature over all backends, with its checks."""
 
+import importlib
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.backends import resolve_backend
+from lcx_kernels.backends import BackendUnavailable, is_interpreted, resolve_backend
 from lcx_kernels.causal_conv import reference, xla
 from lcx_kernels.checks import check
+from lcx_kernels.varying import vary_alike
 
-_CONVS = {"reference": reference.convolve, "xla": xla.convolve}
-_AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+def _late(module: str) -> Callable:
+    """The backend ``convolve`` of a module of this package, imported when it first runs: it needs more than JAX."""
+
+    def backend(*arguments):
+        return importlib.import_module(f"lcx_kernels.causal_conv.{module}").convolve(*arguments)
+
+    return backend
+
+
+# From (silu, x, tail, weight, bias, lookback) to (y, next tail).
+_CONVS = {
+    "reference": reference.convolve,
+    "xla": xla.convolve,
+    "pallas_tpu": _late("pallas_tpu"),
+    "triton": _late("triton_gpu"),
+}
+_AUTO = {"cpu": "xla", "gpu": "triton", "tpu": "pallas_tpu"}
+_FEW = 8  # tokens below which "auto" is xla anywhere: a kernel is made for more, as decoding is not
+_LARGEST_WIDTH = 9  # of a filter that the kernels unroll
 
 
 def causal_conv(
@@ -18,6 +40,7 @@ def causal_conv(
     *,
     tail: jax.Array | None = None,
     lookback: jax.Array | None = None,
+    silu: bool = False,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Convolve every channel with its own filter over the current and the preceding tokens.
@@ -33,7 +56,9 @@ def causal_conv(
       bias: [channels], or None.
       tail: the width - 1 tokens before x, [batch, width - 1, channels]; None for zeros.
       lookback: int [batch, time], how many tokens before itself each token may see; None for no limit.
-      backend: "auto" (by platform), "reference" or "xla".
+      silu: whether y is passed through silu, before it is rounded to x's dtype; nothing more is kept for the backward
+        pass, which computes the sums again.
+      backend: "auto" (by platform), or the name of one: "reference", "xla", "pallas_tpu" or "triton".
 
     Returns:
       y [batch, time, channels] in x's dtype, and the tail for the tokens after x, [batch, width - 1, channels] in the
@@ -41,9 +66,8 @@ def causal_conv(
 
     Raises:
       ValueError: an argument has a wrong shape or dtype, or the backend's name is unknown.
-      BackendUnavailable: the named backend cannot run here.
+      BackendUnavailable: the named backend cannot run here, or not with these arguments.
     """
-    name = resolve_backend(backend, _CONVS, _AUTO)
     check("x", x, "[batch, time, channels]", None, None, None)
     batch, time, channels = x.shape
     check("weight", weight, "[channels, width]", channels, None)
@@ -52,10 +76,30 @@ def causal_conv(
     check("tail", tail, "[batch, width - 1, channels]", batch, width - 1, channels)
     check("lookback", lookback, "[batch, time]", batch, time, kind=jnp.integer)
     dtype = jnp.result_type(jnp.float32, *(array for array in (x, weight, bias, tail) if array is not None))
+    name = _pick(backend, time, width, dtype)
     if tail is None:
         tail = jnp.broadcast_to(jnp.zeros_like(x[:, :1]), (batch, width - 1, channels))
-    tokens = jnp.concatenate([tail.astype(jnp.result_type(x, tail)), x.astype(jnp.result_type(x, tail))], axis=1)
     weight = weight.astype(dtype)
     bias = jnp.zeros_like(weight[:, 0]) if bias is None else bias.astype(dtype)
-    y = _CONVS[name](tokens, weight, bias, lookback)
-    return y.astype(x.dtype), tokens[:, time:].astype(tail.dtype)
+    return _CONVS[name](silu, *vary_alike((x, tail, weight, bias, lookback)))
+
+
+def _pick(backend: str, time: int, width: int, dtype: jnp.dtype) -> str:
+    name = resolve_backend(backend, _CONVS, _AUTO)
+    reason = _refusal(name, width, dtype)
+    if backend == "auto":
+        return "xla" if reason or time < _FEW else name
+    if reason:
+        raise BackendUnavailable(f'backend "{name}" {reason}')
+    return name
+
+
+def _refusal(name: str, width: int, dtype: jnp.dtype) -> str | None:
+    """Why the backend cannot do this call."""
+    if name not in ("pallas_tpu", "triton"):
+        return None
+    if width > _LARGEST_WIDTH:
+        return f"takes filters of at most {_LARGEST_WIDTH} taps, and these have {width}"
+    if name == "pallas_tpu":
+        return "has no float64" if dtype == jnp.float64 and not is_interpreted() else None
+    return importlib.import_module("lcx_kernels.causal_conv.triton_gpu").missing()

@@ -3,20 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from lcx_kernels.causal_conv.taps import last_tokens
 
-def convolve(tokens: jax.Array, weight: jax.Array, bias: jax.Array, lookback: jax.Array | None) -> jax.Array:
-    """tokens [batch, width - 1 + time, channels]; weight [channels, width]; bias [channels]; lookback [batch, time].
 
-    Returns [batch, time, channels] in the dtype of tokens.
+def convolve(
+    silu: bool, x: jax.Array, tail: jax.Array, weight: jax.Array, bias: jax.Array, lookback: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """x [batch, time, channels]; tail [batch, width - 1, channels]; weight [channels, width]; bias [channels]; lookback
+    [batch, time]. Weight and bias have the dtype of the arithmetic.
+
+    Returns y [batch, time, channels] in the dtype of x, and the next tail in the dtype of ``tail``.
     """
-    width = weight.shape[1]
-    time = tokens.shape[1] - (width - 1)
+    width, time = weight.shape[1], x.shape[1]
+    tokens = jnp.concatenate([tail.astype(weight.dtype), x.astype(weight.dtype)], axis=1)
     tap = jnp.arange(width, dtype=jnp.int32)
-    windows = tokens.astype(weight.dtype)[
-        :, jnp.arange(time, dtype=jnp.int32)[:, None] + tap
-    ]  # [batch, time, width, channels]
+    windows = tokens[:, jnp.arange(time, dtype=jnp.int32)[:, None] + tap]  # [batch, time, width, channels]
     if lookback is not None:
         visible = width - 1 - tap <= lookback[:, :, None]
         windows = jnp.where(visible[..., None], windows, jnp.zeros_like(windows))
     y = bias + jnp.einsum("btwc,cw->btc", windows, weight, precision=jax.lax.Precision.HIGHEST)
-    return y.astype(tokens.dtype)
+    return (jax.nn.silu(y) if silu else y).astype(x.dtype), last_tokens(x, tail)

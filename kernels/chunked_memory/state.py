@@ -1,6 +1,6 @@
-"""The state of a segmented memory, and how it is read."""
+"""The state of a chunked memory, and how it is read."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,42 +10,54 @@ PRECISION = jax.lax.Precision.HIGHEST  # sums over a whole context: no bfloat16 
 
 
 class SegmentState(NamedTuple):
-    """What a segmented memory knows of one document; n are the key and value heads.
+    """What a memory knows of one document; S are the heads that have a memory each.
 
-    Tokens read the memory of the segments before theirs. What their own segment writes stays open until the next one
-    begins.
+    Where segments matter, what the open segment has written so far stays apart until the segment is complete. Backends
+    hold every state in this form; what a call does not have is None.
     """
 
-    memory: jax.Array  # [batch, n, K, V]: the sum of k v^T over the segments that are complete
-    normalizer: jax.Array  # [batch, n, K]: the sum of k over them
-    open_memory: jax.Array  # the same over the tokens of the open segment
-    open_normalizer: jax.Array
+    memory: jax.Array | None  # [batch, S, K, V]: what the segments that are complete wrote, or all that was written
+    normalizer: jax.Array | None  # [batch, S, K]: likewise the keys alone, for normalised reads
+    open_memory: jax.Array | None  # the same of the open segment
+    open_normalizer: jax.Array | None
 
     def where(self, rows: jax.Array, other: "SegmentState") -> "SegmentState":
         """This state in the marked rows, bool [batch], and `other` in the rest."""
         return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), self, other)
 
+    def zeros(self) -> "SegmentState":
+        """The empty state of this one's shapes."""
+        return jax.tree.map(jnp.zeros_like, self)
+
+    def total(self) -> "SegmentState":
+        """All that was written, in complete segments or not; nothing stays apart."""
+        if self.open_memory is None and self.open_normalizer is None:
+            return self
+        return SegmentState(
+            None if self.memory is None else self.memory + self.open_memory,
+            None if self.normalizer is None else self.normalizer + self.open_normalizer,
+            None,
+            None,
+        )
+
     def closed(self) -> "SegmentState":
         """The state once the open segment is complete."""
-        memory, normalizer = self.memory + self.open_memory, self.normalizer + self.open_normalizer
-        return SegmentState(memory, normalizer, jnp.zeros_like(memory), jnp.zeros_like(normalizer))
+        return self.total()._replace(
+            open_memory=None if self.open_memory is None else jnp.zeros_like(self.open_memory),
+            open_normalizer=None if self.open_normalizer is None else jnp.zeros_like(self.open_normalizer),
+        )
 
 
-def read(memory: jax.Array, normalizer: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Numerator and denominator of what queries find (arXiv 2404.07143, equation 3), to be joined by `ratio`.
-
-    Args: memory [batch, n, K, V]; normalizer [batch, n, K]; q [batch, time, n, g, K], g query heads a memory.
-    Returns: [batch, time, n, g, V] and [batch, time, n, g].
-    """
-    numerator = jnp.einsum("btngk,bnkv->btngv", q, memory, precision=PRECISION)
-    return numerator, jnp.einsum("btngk,bnk->btng", q, normalizer, precision=PRECISION)
+def canonical(given: Any) -> SegmentState:
+    """A state as `chunked_memory` returns it, M, (M, z) or a `SegmentState`, in the last form: missing parts None."""
+    if isinstance(given, SegmentState):
+        return given
+    return SegmentState(*given, None, None) if isinstance(given, tuple) else SegmentState(given, None, None, None)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """What is read: 0 where nothing was written."""
+    """What a normalised read gives (arXiv 2404.07143, equation 3): 0 where nothing was written.
+
+    Args: numerator [..., V], a query on the memory; denominator [...], the same query on the normaliser.
+    """
     return numerator / (denominator + EPSILON)[..., None]
-
-
-def written(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What tokens add to memory and normaliser (arXiv 2404.07143, equation 4): k [batch, time, n, K], v likewise V."""
-    return jnp.einsum("btnk,btnv->bnkv", k, v, precision=PRECISION), jnp.sum(k, axis=1)

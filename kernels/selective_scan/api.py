@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.backends import resolve_backend
+from lcx_kernels.backends import BackendUnavailable, is_interpreted, resolve_backend
 from lcx_kernels.checks import check
-from lcx_kernels.selective_scan import reference, triton_gpu, xla
+from lcx_kernels.selective_scan import reference, triton_gpu, triton_plan, xla
 from lcx_kernels.selective_scan.arguments import Arguments, around, late, step_sizes
 
 # From (Arguments, dt_softplus, chunk_size) to (y, final state).
@@ -21,12 +21,34 @@ _AUTO = {"cpu": "xla", "gpu": "triton", "tpu": "pallas_tpu"}
 _FEW = 8  # tokens below which "auto" is xla anywhere: a kernel's launch and tiles are made for more, as decoding is not
 
 
-def select_backend(backend: str) -> str:
-    """The name of the implementation that `backend` means here; see `resolve_backend` for what it raises."""
+def select_backend(backend: str, *, state: int | None = None, dtype: jnp.dtype | None = None) -> str:
+    """The name of the implementation that `backend` means here, for calls of this kind.
+
+    Args:
+      state: numbers of a channel's state, if known.
+      dtype: of the arithmetic, if known: float32, or float64 if any argument is.
+
+    Raises:
+      ValueError: `backend` is not a name.
+      BackendUnavailable: the backend named cannot run here, a package is missing, or it cannot do such a call.
+    """
     name = resolve_backend(backend, _SCANS, _AUTO)
+    if reason := _refusal(name, state, dtype):
+        if backend == "auto":
+            return "xla"
+        raise BackendUnavailable(f'backend "{name}" cannot do this call: {reason}')
     if name == "triton":
         triton_gpu.require()
     return name
+
+
+def _refusal(name: str, state: int | None, dtype: jnp.dtype | None) -> str | None:
+    """Why a backend cannot do such a call."""
+    if name == "triton" and state is not None and state > triton_plan.LARGEST_STATE:
+        return f"A has {state} states a channel, and it takes at most {triton_plan.LARGEST_STATE}"
+    if name == "pallas_tpu" and dtype == jnp.float64 and not is_interpreted():
+        return "TPUs have no float64"
+    return None
 
 
 class ScanSummary(NamedTuple):
@@ -105,16 +127,15 @@ def selective_scan(
 
     Raises:
       ValueError: an argument has a wrong shape or dtype, or the backend's name is unknown.
-      BackendUnavailable: the named backend cannot run here.
+      BackendUnavailable: the named backend cannot run here, or cannot do this call.
     """
-    name = _pick(backend, x)
     batch, time, channels, state = _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     check("C", C, "[batch, time, state]", batch, time, state)
     check("D", D, "[channels]", channels)
     check("z", z, "[batch, time, channels]", batch, time, channels)
     check("initial_state", initial_state, "[batch, channels, state]", batch, channels, state)
     arguments = _arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, reset)
-    return _SCANS[name](arguments, dt_softplus, chunk_size)
+    return _SCANS[_pick(backend, arguments)](arguments, dt_softplus, chunk_size)
 
 
 def selective_scan_summary(
@@ -136,19 +157,18 @@ def selective_scan_summary(
 
     Args, dtypes and errors as in ``selective_scan``. Returns a ``ScanSummary``.
     """
-    name = _pick(backend, x)
     _check_map(x, dt, A, B, dt_bias, reset, chunk_size)
     arguments = _arguments(x, dt, A, B, None, None, None, dt_bias, None, reset)
-    _, state = _SCANS[name](arguments, dt_softplus, chunk_size)
+    _, state = _SCANS[_pick(backend, arguments)](arguments, dt_softplus, chunk_size)
     dtype = arguments.dtype
     steps = step_sizes(dt.astype(dtype), None if dt_bias is None else dt_bias.astype(dtype), dt_softplus)
     any_reset = jnp.zeros_like(dt[:, 0, 0], dtype=bool) if reset is None else reset.any(axis=1)
     return ScanSummary(steps.sum(axis=1), any_reset, state)
 
 
-def _pick(backend: str, x: jax.Array) -> str:
-    few = backend == "auto" and x.ndim == 3 and x.shape[1] < _FEW
-    return select_backend("xla" if few else backend)
+def _pick(backend: str, arguments: Arguments) -> str:
+    few = backend == "auto" and arguments.x.shape[1] < _FEW
+    return select_backend("xla" if few else backend, state=arguments.A.shape[1], dtype=arguments.dtype)
 
 
 def _arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, reset) -> Arguments:

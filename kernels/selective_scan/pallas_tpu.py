@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lcx_kernels.backends import BackendUnavailable, is_interpreted
+from lcx_kernels.backends import is_interpreted
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.varying import vary_alike, varying_axes, varying_struct
 
@@ -105,15 +105,8 @@ def _plan(arguments: Arguments, softplus: bool, chunk_size: int | None) -> _Plan
 
 
 def scan(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple[jax.Array | None, jax.Array]:
-    """The backend; see `arguments.py`. ``chunk_size`` is rounded up to a multiple of 128 tokens, or to all.
-
-    Raises:
-      BackendUnavailable: the arguments are float64, which TPUs do not have (interpret mode does).
-    """
-    plan = _plan(arguments, dt_softplus, chunk_size)
-    if plan.dtype == np.float64 and not plan.interpret:
-        raise BackendUnavailable('backend "pallas_tpu" has no float64')
-    return _scan(plan, vary_alike(arguments))
+    """The backend; see `arguments.py`. ``chunk_size`` is rounded up to a multiple of 128 tokens, or to all."""
+    return _scan(_plan(arguments, dt_softplus, chunk_size), vary_alike(arguments))
 
 
 def _pad(array: jax.Array, size: int) -> jax.Array:

@@ -31,17 +31,9 @@ def require() -> None:
 
 
 def scan(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple[jax.Array | None, jax.Array]:
-    """The backend, as `arguments.around` describes it. ``chunk_size`` is an upper limit here.
-
-    Raises:
-      BackendUnavailable: a package is missing.
-      ValueError: the state has more than 128 numbers a channel.
-    """
-    require()
+    """The backend, as `arguments.around` describes it. ``chunk_size`` is an upper limit here."""
     batch, time, channels = arguments.x.shape
     state = arguments.A.shape[1]
-    if state > triton_plan.LARGEST_STATE:
-        raise ValueError(f'A: {state} states a channel, and backend "triton" takes at most {triton_plan.LARGEST_STATE}')
     reset = None if arguments.reset is None else arguments.reset.astype(jnp.int8)
     inputs = Inputs(*vary_alike(tuple(arguments._replace(reset=reset))))
     plan = triton_plan.make_plan(batch, time, channels, state, arguments.dtype == jnp.float64, chunk_size)

@@ -12,8 +12,8 @@ small buffer before it walks back through them (Gu and Dao, 2023, section 3.3.2)
 
 Layout is what speed on CPU depends on. States are [rows, state, channels] with channels last, because XLA vectorises
 over the last axis. A row is a batch element; but XLA's code for a single row is several times slower, so a lone batch
-element is laid out as two rows of half its channels. Tokens are put in that order chunk by chunk: a transposed copy of
-a whole sequence would cost more than a tenth of the time.
+element is laid out as two rows of half its channels, and of an odd number one more, of zeros. Tokens are put in that
+order chunk by chunk: a transposed copy of a whole sequence would cost more than a tenth of the time.
 """
 
 import functools
@@ -32,18 +32,19 @@ def scan(x, dt, A, B, C, initial_state, reset, chunk_size) -> tuple[jax.Array | 
     """
     batch, time, channels = x.shape
     chunk_size = min(chunk_size or _CHUNK_SIZE, time)
-    splits = 2 if batch == 1 and channels % 2 == 0 else 1
+    splits = 2 if batch == 1 and channels > 1 else 1
 
     def pad(tokens):  # with zeros: a token of dt = 0 leaves the state as it is
         return jnp.pad(tokens, [(0, 0), (0, -time % chunk_size)] + [(0, 0)] * (tokens.ndim - 2))
 
     def rows(state):
-        return jnp.swapaxes(state.reshape(batch * splits, channels // splits, -1), 1, 2)
+        state = jnp.pad(state, ((0, 0), (0, -channels % splits), (0, 0)))
+        return jnp.swapaxes(state.reshape(batch * splits, -(-channels // splits), -1), 1, 2)
 
     x, dt, B, C, reset = jax.tree.map(pad, (x, dt, B, C, reset))
     A = rows(jnp.broadcast_to(A, initial_state.shape))
     y, final_state = _scan(chunk_size, x, dt, A, B, C, rows(initial_state), reset)
-    final_state = jnp.swapaxes(final_state, 1, 2).reshape(initial_state.shape)
+    final_state = jnp.swapaxes(final_state, 1, 2).reshape(batch, -1, initial_state.shape[2])[:, :channels]
     return None if C is None else y[:, :time], final_state
 
 
@@ -57,7 +58,8 @@ def _read(tokens, index, size: int, splits: int, shared: bool):
         chunk = jnp.swapaxes(jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1), 0, 1)
         if shared:
             return jnp.repeat(chunk, splits, axis=1)
-        return chunk.reshape(size, array.shape[0] * splits, array.shape[2] // splits)
+        chunk = jnp.pad(chunk, ((0, 0), (0, 0), (0, -array.shape[2] % splits)))
+        return chunk.reshape(size, array.shape[0] * splits, -(-array.shape[2] // splits))
 
     return jax.tree.map(read, tokens)
 
@@ -69,7 +71,7 @@ def _write(tokens, index, chunks, shared: bool):
         size, batch = chunk.shape[0], array.shape[0]
         if shared:
             chunk = chunk.reshape(size, batch, -1, chunk.shape[2]).sum(axis=2)
-        chunk = jnp.swapaxes(chunk.reshape(size, batch, array.shape[2]), 0, 1)
+        chunk = jnp.swapaxes(chunk.reshape(size, batch, -1)[:, :, : array.shape[2]], 0, 1)
         return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * size, axis=1)
 
     return jax.tree.map(write, tokens, chunks)

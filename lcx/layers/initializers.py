@@ -53,6 +53,17 @@ class LogArange:
 
 
 @dataclass(frozen=True)
+class LogOfUniform:
+    """ln of U(low, high): A_log of Mamba-2 (arXiv 2405.21060; the range is that of the authors' code)."""
+
+    low: float
+    high: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, self.low, self.high))
+
+
+@dataclass(frozen=True)
 class InverseSoftplusLogUniform:
     """b with softplus(b) log-uniform in [low, high], at least floor: the bias of Mamba's dt (arXiv 2312.00752, 3.6)."""
 

@@ -10,6 +10,12 @@ from lcx.layers.initializers import Constant
 from lcx.params import param
 
 
+def normalize(x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over one axis or several; at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale, over the last axis (Zhang and Sennrich, arXiv 1910.07467, eq. 4).
 
@@ -23,6 +29,4 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., width]; returns the same shape and dtype."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normalize(x, self.eps).astype(x.dtype) * self.scale[...].astype(x.dtype)

@@ -17,6 +17,7 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.base import Context, Mixer, ModelDims
 from lcx.mixers.infini import Infini
 from lcx.mixers.mamba import Mamba
+from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.mlp import MLP
 from lcx.schema import build
 
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "infini": Infini,
     "mamba": Mamba,
+    "mamba2": Mamba2,
     "mlp": MLP,
 }
 

@@ -10,12 +10,22 @@ from flax import nnx
 
 from lcx.layers.initializers import Normal
 from lcx.mixers.base import Aux, Context, ModelDims, State
-from lcx.mixers.heads import KEY, QUERY, TAIL, TOKEN, GroupedHeads, HeadOptions, visible_pairs
+from lcx.mixers.heads import (
+    KEY,
+    QUERY,
+    TAIL,
+    TOKEN,
+    GroupedHeads,
+    HeadOptions,
+    documents,
+    tail_documents,
+    visible_pairs,
+)
 from lcx.mixers.sinks import add_sinks, find_sinks, hidden_sinks
 from lcx.parallel.sequence import halo
 from lcx.params import param
 from lcx.schema import limited
-from lcx_kernels.attention import attention, select_backend
+from lcx_kernels.attention import attention, fold_sinks, select_backend
 
 SINK_LOGIT_STD = 0.02  # of the start, as in gpt-oss
 
@@ -71,15 +81,19 @@ class Attention(GroupedHeads):
         window, backend, count = self.options.window, self.options.backend, self.options.sink_tokens
         past = state or {}
 
-        def local(query, far_query, key, value, positions, lookback, sinks, key_tail, value_tail, sink_key, sink_value):
+        def local(
+            query, far_query, key, value, positions, lookback, document, sinks,
+            key_tail, value_tail, document_tail, sink_key, sink_value,
+        ):  # fmt: skip
             keys, key_tail = halo(key, key_tail, window - 1)
             values, value_tail = halo(value, value_tail, window - 1)
+            key_document, _ = halo(document, document_tail, window - 1)
             out, log_sum_exp = attention(
                 query,
                 keys,
                 values,
                 window=window,
-                lookback=lookback,
+                segment_ids=(document, key_document),
                 offset=keys.shape[1] - query.shape[1],
                 backend=backend,
             )
@@ -89,7 +103,7 @@ class Attention(GroupedHeads):
                 seen = hidden_sinks(positions, lookback, window, count)
                 out, log_sum_exp = add_sinks(out, log_sum_exp, far_query, first, seen)
             if sinks is not None:
-                out = out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None]
+                out = fold_sinks(out, log_sum_exp, sinks)
             return (out.astype(query.dtype), key_tail, value_tail, *held)
 
         # A sink stands where the rolling cache has it: never farther than the cache is long.
@@ -106,14 +120,17 @@ class Attention(GroupedHeads):
                 value=value,
                 positions=context.positions,
                 lookback=context.lookback,
+                document=documents(context.lookback),
                 sinks=self._sinks(),
                 key_tail=past.get("key"),
                 value_tail=past.get("value"),
+                document_tail=tail_documents(context.lookback, window - 1) if past else None,
                 sink_key=sink_past("sink_key"),
                 sink_value=sink_past("sink_value"),
             ),
-            dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, sinks=("heads",))
-            | dict(key_tail=TAIL, value_tail=TAIL, sink_key=TAIL, sink_value=TAIL),
+            dict(query=QUERY, far_query=QUERY, key=KEY, value=KEY, positions=TOKEN, lookback=TOKEN, document=TOKEN)
+            | dict(key_tail=TAIL, value_tail=TAIL, document_tail=TAIL[:2], sink_key=TAIL, sink_value=TAIL)
+            | dict(sinks=("heads",)),
             ((query.shape, QUERY), (tail, TAIL), (tail, TAIL)) + ((kept, TAIL), (kept, TAIL))[: 2 * bool(count)],
         )
         names = ("key", "value", "sink_key", "sink_value")
@@ -125,21 +142,25 @@ class Attention(GroupedHeads):
         """The keys are all that the row has had, in the order of the row."""
         backend = self.options.backend
         query = self.rotated(query, context.positions)
-        arrays = dict(query=query, lookback=context.lookback, sinks=self._sinks())
-        axes = dict(query=QUERY, lookback=TOKEN, sinks=("heads",), key=KEY, value=KEY, row_index=TOKEN)
+        document = key_document = documents(context.lookback)
+        arrays = dict(sinks=self._sinks(), query=query, document=document)
+        axes = dict(sinks=("heads",), query=QUERY, document=TOKEN, row_index=TOKEN)
+        axes |= dict(key=KEY, value=KEY, key_document=TOKEN)
         if state is not None:
             key = _write(state["key"], key, context.length)
             value = _write(state["value"], value, context.length)
+            key_document = _write(_held_documents(context, key.shape[1]), document, context.length)
             arrays["row_index"] = context.row_index
 
-        def local(query, key, value, lookback, sinks, row_index=None):
-            settings = dict(lookback=lookback, sinks=sinks, backend=backend)
+        def local(query, key, value, document, key_document, sinks, row_index=None):
+            settings = dict(segment_ids=(document, key_document), sinks=sinks, backend=backend)
             if row_index is None:
                 return attention(query, key, value, offset=0, **settings)[:1]
             slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), (key.shape[0], key.shape[1]))
             return attention(query, key, value, positions=(row_index, slots), **settings)[:1]
 
-        (out,) = context.shard.kernel(local, arrays | dict(key=key, value=value), axes, ((query.shape, QUERY),))
+        arrays |= dict(key=key, value=value, key_document=key_document)
+        (out,) = context.shard.kernel(local, arrays, axes, ((query.shape, QUERY),))
         return out, {"key": key, "value": value}
 
     def init_state(self, batch_size: int, max_length: int) -> State:
@@ -160,6 +181,12 @@ class Attention(GroupedHeads):
         if window is not None:  # sink j is hidden by the window from token j + window on
             pairs += sum(max(0, tokens - sink - window) for sink in range(self.options.sink_tokens))
         return self.projection_flops(tokens) + self.pair_flops(pairs)
+
+
+def _held_documents(context: Context, capacity: int) -> jax.Array:
+    """int32 [batch, capacity]: the documents of the slots before the chunk, as of `tail_documents`; after them, 0."""
+    distance = context.length[:, None] - jnp.arange(capacity, dtype=jnp.int32)
+    return ((distance > 0) & (distance <= context.lookback[:, :1])).astype(jnp.int32)
 
 
 def _write(cache: jax.Array, chunk: jax.Array, length: jax.Array) -> jax.Array:

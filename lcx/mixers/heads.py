@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lcx.errors import UserError
@@ -77,6 +78,24 @@ class GroupedHeads(Mixer):
     def pair_flops(self, pairs: int) -> int:
         """FLOPs of the scores and the weighted values of that many pairs of a query and a key, in all heads."""
         return pairs * 4 * self.options.num_heads * self.kv_shape[1]
+
+
+def documents(lookback: jax.Array) -> jax.Array:
+    """int32 [batch, time]: which document of its row a token is of; 1 goes on from before the chunk, 0 is none.
+
+    Starts are counted along the whole row: whole arrays, not shards of their time.
+
+    Args:
+      lookback: int32 [batch, time], how many tokens before itself a token may see; 0 starts a document.
+    """
+    starts = (lookback == 0).at[:, 0].set(True)
+    return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def tail_documents(lookback: jax.Array, held: int) -> jax.Array:
+    """int32 [batch, held]: the same of the `held` tokens before the chunk: 1 as far as its first token sees, else 0."""
+    distance = jnp.arange(held, 0, -1, dtype=jnp.int32)
+    return (distance <= lookback[:, :1]).astype(jnp.int32)
 
 
 def visible_pairs(tokens: int, window: int | None) -> int:

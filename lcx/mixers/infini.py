@@ -14,12 +14,22 @@ from flax import nnx
 
 from lcx.layers.initializers import Constant
 from lcx.mixers.base import Aux, Context, ModelDims, State
-from lcx.mixers.heads import KEY, QUERY, TAIL, TOKEN, GroupedHeads, HeadOptions, visible_pairs
+from lcx.mixers.heads import (
+    KEY,
+    QUERY,
+    TAIL,
+    TOKEN,
+    GroupedHeads,
+    HeadOptions,
+    documents,
+    tail_documents,
+    visible_pairs,
+)
 from lcx.parallel.sequence import halo
 from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.attention import attention, select_backend
-from lcx_kernels.chunked_memory import SegmentState, segment_memory
+from lcx_kernels.chunked_memory import SegmentState, chunked_memory
 
 MATRIX, VECTOR = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None)
 STATE_AXES = SegmentState(MATRIX, VECTOR, MATRIX, VECTOR)
@@ -67,25 +77,31 @@ class Infini(GroupedHeads):
         options, past = self.options, state or {}
         query, key, value = self.project(x)
 
-        def local(query, key, value, turned_query, turned_key, gate, positions, lookback, key_tail, value_tail, **past):
+        def local(
+            query, key, value, turned_query, turned_key, gate, positions, lookback, document,
+            key_tail, value_tail, document_tail, **past,
+        ):  # fmt: skip
             recent, key_tail = halo(turned_key, key_tail, options.segment_length - 1)
             recent_value, value_tail = halo(value, value_tail, options.segment_length - 1)
+            recent_document, _ = halo(document, document_tail, options.segment_length - 1)
             near, _ = attention(
                 turned_query,
                 recent,
                 recent_value,
                 window=options.segment_length,
-                lookback=jnp.minimum(lookback, positions % options.segment_length),
+                segment_ids=(document, recent_document),
                 offset=recent.shape[1] - query.shape[1],
                 backend=options.backend,
             )
-            far, memory = segment_memory(
+            far, memory = chunked_memory(
                 jax.nn.elu(query) + 1,
                 jax.nn.elu(key) + 1,
                 value,
                 positions=positions,
-                segment_length=options.segment_length,
+                chunk_size=options.segment_length,
+                normalize=True,
                 update=options.update,
+                read="exclusive",
                 initial_state=None if past["memory"] is None else SegmentState(**past),
                 reset=lookback == 0,
                 backend=options.backend,
@@ -97,17 +113,23 @@ class Infini(GroupedHeads):
         gate = self.gate[...].astype(self.dims.state_dtype)
         tails = {f"{name}_tail": past.get(name) for name in ("key", "value")}
         memory = {name: past.get(name) for name in SegmentState._fields}
+        # To attention, a segment is a document.
+        within = jnp.minimum(context.lookback, context.positions % options.segment_length)
+        segments = {"document": documents(within)}
+        segments["document_tail"] = tail_documents(within, options.segment_length - 1) if past else None
         turned = {
             "turned_query": self.rotated(query, context.positions),
             "turned_key": self.rotated(key, context.positions),
         }
         axes = dict(query=QUERY, turned_query=QUERY, key=KEY, turned_key=KEY, value=KEY, gate=("heads",))
         axes |= dict(positions=TOKEN, lookback=TOKEN, key_tail=TAIL, value_tail=TAIL) | STATE_AXES._asdict()
+        axes |= dict(document=TOKEN, document_tail=TAIL[:2])
         shapes = self._state_shapes(x.shape[0])
         out, *held = context.shard.kernel(
             local,
             dict(query=query, key=key, value=value, gate=gate, positions=context.positions, lookback=context.lookback)
             | turned
+            | segments
             | tails
             | memory,
             axes,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -13,13 +14,12 @@ from lcx.layers.dense import contract
 from lcx.layers.initializers import Constant, InverseSoftplusLogUniform, LogArange, Uniform
 from lcx.layers.norm import RMSNorm
 from lcx.mixers.base import Aux, Context, Mixer, ModelDims, State, check_backend
+from lcx.mixers.convolution import TOKEN, ShortConvolution
 from lcx.params import param
 from lcx.schema import limited
-from lcx_kernels.causal_conv import causal_conv
 from lcx_kernels.selective_scan import select_backend, selective_scan
 
 CHANNELS = ("batch", "time", "inner")
-TOKEN = ("batch", "time")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ class Mamba(Mixer):
     def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
         inner = options.expand * dims.d_model
         rank = options.dt_rank or math.ceil(dims.d_model / 16)
-        size, width, dtype = options.state_size, options.conv_width, dims.param_dtype
-        check_backend(select_backend, options.backend)
+        size, dtype = options.state_size, dims.param_dtype
+        check_backend(partial(select_backend, state=size, dtype=dims.state_dtype), options.backend)
         self.options, self.dims = options, dims
         self.inner, self.splits = inner, (rank, rank + size)
         self.in_proj = dims.dense(dims.d_model, (2, inner), ("d_model", None, "inner"), rngs)
-        bound = Uniform(1 / math.sqrt(width))  # PyTorch's default for a depthwise convolution
-        self.conv_weight = param(rngs, (inner, width), ("inner", None), bound, dtype=dtype)
-        self.conv_bias = param(rngs, (inner,), ("inner",), bound, dtype=dtype, decay=False)
+        self.conv = ShortConvolution((inner,), ("inner",), options.conv_width, dims, rngs)
         self.x_proj = dims.dense(inner, rank + 2 * size, ("inner", None), rngs)
         self.dt_proj = param(rngs, (rank, inner), (None, "inner"), Uniform(1 / math.sqrt(rank)), dtype=dtype)
         dt_init = InverseSoftplusLogUniform(options.dt_min, options.dt_max, options.dt_init_floor)
@@ -77,8 +75,7 @@ class Mamba(Mixer):
         past = state or {"conv": None, "ssm": None}
         projected = self.in_proj(x)
         x, z = projected[:, :, 0], projected[:, :, 1]
-        x, tail = self._convolve(x, past["conv"], context)
-        x = jax.nn.silu(x)
+        x, tail = self.conv(x, past["conv"], context)
         dt, B, C = jnp.split(self.x_proj(x), self.splits, axis=-1)
         if self.options.dt_B_C_norm:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
@@ -86,21 +83,6 @@ class Mamba(Mixer):
         y, ssm = self._scan(x, dt, B, C, z, past["ssm"], context)
         metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
         return self.out_proj(y), {"conv": tail, "ssm": ssm}, {"metrics": metrics}
-
-    def _convolve(self, x: jax.Array, tail: jax.Array | None, context: Context) -> tuple[jax.Array, jax.Array]:
-        width = self.options.conv_width
-
-        def local(x, tail, weight, bias, lookback):
-            return causal_conv(x, weight, bias, tail=tail, lookback=lookback)
-
-        tail_shape, tail_axes = (x.shape[0], width - 1, self.inner), ("batch", None, "inner")
-        weight, bias = self.conv_weight[...].astype(x.dtype), self.conv_bias[...].astype(x.dtype)
-        return context.shard.kernel(
-            local,
-            dict(x=x, tail=tail, weight=weight, bias=bias, lookback=context.lookback),
-            dict(x=CHANNELS, tail=tail_axes, weight=("inner", None), bias=("inner",), lookback=TOKEN),
-            ((x.shape, CHANNELS), (tail_shape, tail_axes)),
-        )
 
     def _scan(
         self,
@@ -135,12 +117,10 @@ class Mamba(Mixer):
         """
         size, (rank, _) = self.options.state_size, self.splits
         matrices = self.in_proj.flops() + self.x_proj.flops() + 2 * rank * self.inner + self.out_proj.flops()
-        convolution = 2 * self.options.conv_width * self.inner
         scan = self.inner * (6 * size + 3)
-        return (matrices + convolution + scan) * tokens
+        return (matrices + self.conv.flops() + scan) * tokens
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         del max_length
-        tail = (batch_size, self.options.conv_width - 1, self.inner)
         state = (batch_size, self.inner, self.options.state_size)
-        return {"conv": jnp.zeros(tail, self.dims.compute_dtype), "ssm": jnp.zeros(state, self.dims.state_dtype)}
+        return {"conv": self.conv.init_tail(batch_size), "ssm": jnp.zeros(state, self.dims.state_dtype)}

@@ -1,12 +1,14 @@
 """How models call kernels: local functions on shards, manual over every axis of the ambient mesh."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from lcx.parallel.sharding import ambient_mesh, divisible_spec
+from lcx.parallel.sharding import ambient_mesh, divisible_spec, shards
 from lcx_kernels.backends import is_interpreted
 
 Axes = tuple[str | None, ...]
@@ -46,6 +48,23 @@ class Shard:
         out_specs = tuple(divisible_spec(shape, out_axes, mesh) for shape, out_axes in outputs)
         checked = not is_interpreted()  # Pallas cannot say there over which axes its results vary
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=checked)(given)
+
+    def groups_for(self, heads: int, groups: jax.Array) -> jax.Array:
+        """Groups that can be cut where the heads that read them are cut.
+
+        Head h reads group h // (heads / groups). A shard of the heads that had all of several groups could not tell
+        which of them are its own, so groups are repeated, side by side, until every shard has some for itself alone.
+        A lone group is everyone's.
+
+        Args:
+          heads: how many there are on all devices together, of the logical axis "heads".
+          groups: [batch, time, groups, ...], of the logical axis "groups".
+        """
+        mesh, count = ambient_mesh(), groups.shape[2]
+        if mesh is None or count == 1:
+            return groups
+        (part,) = divisible_spec((heads,), ("heads",), mesh)
+        return jnp.repeat(groups, math.lcm(count, shards(part, mesh)) // count, axis=2)
 
 
 def _mesh_axes(spec: jax.sharding.PartitionSpec) -> list[str]:

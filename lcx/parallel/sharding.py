@@ -16,6 +16,7 @@ PARAMETER_RULES: Rules = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "groups": ("tensor",),
     "inner": ("tensor",),
     "d_ff": ("tensor",),
 }
@@ -24,9 +25,12 @@ ACTIVATION_RULES: Rules = {
     "time": ("seq",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "groups": ("tensor",),
     "inner": ("tensor",),
     "d_ff": ("tensor",),
 }
+# Axes of parameters that every device has whole where they do not divide: few groups serve many heads.
+WHOLE_IF_UNEVEN = frozenset({"groups"})
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules, mesh: jax.sharding.AbstractMesh) -> PartitionSpec:
@@ -86,19 +90,22 @@ def parameter_shardings(shapes: dict, declarations: dict, mesh: jax.sharding.Mes
       declarations: a `Declaration` for each, in the same structure.
       mesh: the device mesh.
 
-    Raises UserError naming the first parameter whose dimension does not divide.
+    Raises UserError naming the first parameter whose dimension does not divide and has to.
     """
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct, declaration: Declaration) -> NamedSharding:
         stacked = leaf.ndim - len(declaration.axes)
         axes = (None,) * stacked + declaration.axes
-        partition = spec(axes, PARAMETER_RULES, mesh)
-        for axis, size, part in zip(axes, leaf.shape, partition, strict=True):
+        parts = list(spec(axes, PARAMETER_RULES, mesh))
+        for index, (axis, size, part) in enumerate(zip(axes, leaf.shape, parts, strict=True)):
             if size % shards(part, mesh):
+                if axis in WHOLE_IF_UNEVEN:
+                    parts[index] = None
+                    continue
                 raise UserError(
                     f"mesh: {path_name(path)} has {axis}={size}, which does not divide over the "
                     f"{shards(part, mesh)} devices of mesh.{part}."
                 )
-        return NamedSharding(mesh, partition)
+        return NamedSharding(mesh, PartitionSpec(*parts))
 
     return jax.tree_util.tree_map_with_path(sharding, shapes, declarations)

@@ -62,7 +62,9 @@ class Resources:
     seconds: float
 
 
-def compile_kernel(kernel, types: list[str], constants: dict, warps: int, capability: int) -> Resources:
+def compile_kernel(
+    kernel, types: list[str], constants: dict, warps: int, capability: int, stages: int = 1
+) -> Resources:
     """Compiles a Triton kernel down to machine code, as jax-triton would, and reads off its needs.
 
     Args:
@@ -70,6 +72,7 @@ def compile_kernel(kernel, types: list[str], constants: dict, warps: int, capabi
       types: of its parameters before the constants: "*bf16" for a pointer, "i32" for a scalar.
       constants: the values of the others.
       capability: 90 for an H100, 80 for an A100.
+      stages: loads that run ahead in loops.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -78,7 +81,7 @@ def compile_kernel(kernel, types: list[str], constants: dict, warps: int, capabi
     assert set(signature) == set(kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name.startswith("*")}
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.cache, "dir", cache)
         started = time.perf_counter()

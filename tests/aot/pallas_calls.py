@@ -74,10 +74,12 @@ def _is_call(equation: Any) -> bool:
 
 def _call(equation: Any) -> Call:
     mapping = equation.params["grid_mapping"]
+    given = iter(equation.params["compiler_params"].dimension_semantics)
+    mapped = set(mapping.vmapped_dims)  # JAX makes these parallel
     return Call(
         name=equation.params["name"],
         grid=mapping.grid,
-        semantics=equation.params["compiler_params"].dimension_semantics,
+        semantics=tuple("parallel" if i in mapped else next(given) for i in range(len(mapping.grid))),
         blocks=tuple(mapping.block_mappings),
         scratch=tuple(mapping.scratch_avals),
     )

@@ -1,6 +1,6 @@
 """The `triton` selective scan, compiled for GPUs that are not here: by XLA for H100s, by Triton down to machine code.
 
-What it computes is tested in tests/parity, in Triton's interpreter; memory traffic too.
+What it computes is tested in tests/parity, in Triton's interpreter, as is that traffic is counted rightly.
 """
 
 import functools
@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx_kernels.backends import compiling_for
-from lcx_kernels.selective_scan import selective_scan, selective_scan_summary, triton_gpu
+from lcx_kernels.selective_scan import selective_scan, selective_scan_summary, triton_gpu, triton_plan
+from tests import triton_traffic
 from tests.aot import gpu_targets
 from tests.aot.gpu_targets import Resources, compile_kernel
 
@@ -120,20 +121,61 @@ def test_sizes_of_one_compile(chunk_size):
     compile_for_gpu(trace(2, 2, 2, jnp.float32, chunk_size=chunk_size)[0])
 
 
-def report(launches, size: str, capability: int, record_property) -> None:
-    """A row for each kernel; none may spill, convert layouts or take more shared memory than there is."""
+def counted_passes(batch: int, time: int, channels: int, dtype, state: int = 16) -> dict:
+    """By (pass, whether it has y): the passes of a device's shard, the summary's among them."""
+    found = {}
+    for with_y in (True, False):
+        inputs = triton_traffic.abstract_inputs(batch // 2, time // 2, channels // 2, state, dtype, with_y)
+        wide = inputs.initial_state.dtype == jnp.float64
+        plan = triton_plan.make_plan(*inputs.sizes, wide, None)
+        found |= {(name, with_y): each for name, each in triton_traffic.passes(inputs, plan).items()}
+    return found
+
+
+def report(launches, passes: dict, size: str, capability: int, record_property) -> None:
+    """A row for each kernel; none may spill, convert layouts or take more shared memory than there is.
+
+    Traffic is over the least that the kernel's whole pass must move; that of a pass is the sum of its kernels' and of
+    the sums outside, and may be as much as the issue's limits.
+    """
     from lcx_kernels.selective_scan import triton_kernels
 
-    for described, launch in {describe(launch): launch for launch in launches}.items():
+    planned = {(*describe(each), each.scalars, each.programs) for one in passes.values() for each in one.launches}
+    traced = {(*describe(each), each.scalars, each.programs) for each in launches}
+    assert traced <= planned, "what is counted is not what is launched"
+    rows = {}
+    for (name, with_y), one in passes.items():
+        if name == "forward":  # without states kept: not a part of a gradient
+            continue
+        for launch in one.launches:
+            rows.setdefault(describe(launch), (launch, name, with_y, triton_traffic.moved(launch) / one.least))
+    for described, (launch, name, with_y, traffic) in rows.items():
         needs = compile_once(getattr(triton_kernels, launch.kernel), *described[1:], capability)
         kind = launch.kernel + (" (summary)" if launch.constants.get("SUMMARY") else "")
-        kind += "" if launch.constants.get("HAS_C", True) else " without y"
+        kind += " (back)" if launch.constants.get("BACK") else ""
+        kind += "" if with_y else " without y"
         row = {"kernel": kind, "size": size, "sm": capability, "registers": needs.registers, "spills": needs.spills}
         row |= {"shared memory": needs.shared_memory, "warps": launch.warps}
         row["programs per 2 SMs"] = f"{launch.programs / (gpu_targets.MULTIPROCESSORS / 2):.1f}"
+        row["MiB moved"] = f"{triton_traffic.moved(launch) / 2**20:.0f}"
+        row["traffic over least"] = f"{traffic:.2f} of {passes[name, with_y].ratio:.2f}"
         record_property("row", row | {"seconds": f"{needs.seconds:.1f}"})
         assert needs.spills == needs.conversions == 0, kind
         assert needs.shared_memory <= gpu_targets.SHARED_MEMORY, kind
+
+
+def check_traffic(passes: dict) -> None:
+    cut = ", cut" if any(launch.kernel == "combine" for launch in passes["forward", True].launches) else ""
+    for name in ("forward", "keeping", "backward"):
+        limit = triton_traffic.LIMITS[name.replace("keeping", "forward") + cut]
+        assert 1 <= passes[name, True].ratio <= limit, name
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("size", SIZES)
+def test_traffic(size):
+    """Of every published size, on a device's shard."""
+    check_traffic(counted_passes(*SIZES[size]))
 
 
 @pytest.mark.aot
@@ -141,7 +183,7 @@ def report(launches, size: str, capability: int, record_property) -> None:
 @pytest.mark.parametrize("size", ["130m-4k", "130m-256k", "1.4b-32k-float32"])
 def test_needs_of_each_kernel(size, capability, record_property):
     _, launches = trace(*SIZES[size])
-    report(launches, size, capability, record_property)
+    report(launches, counted_passes(*SIZES[size]), size, capability, record_property)
 
 
 @pytest.mark.aot
@@ -149,4 +191,5 @@ def test_needs_of_each_kernel(size, capability, record_property):
 def test_needs_of_other_states(state, dtype, record_property):
     with jax.enable_x64(dtype == "float64"):
         _, launches = trace(2, 8192, 1536, jnp.dtype(dtype), state)
-    report(launches, f"state {state}, {dtype}", 90, record_property)
+        passes = counted_passes(2, 8192, 1536, jnp.dtype(dtype), state)
+    report(launches, passes, f"state {state}, {dtype}", 90, record_property)

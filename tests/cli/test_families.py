@@ -13,6 +13,7 @@ from lcx.cli.main import main
     [
         "transformer.py:",
         "mamba.py:",
+        "mamba2.py:",
         "samba.py:",
         "quickstart.py:",
         "infini.py:",

@@ -30,6 +30,12 @@ COUNTS = {
     "mamba:432m": 432_804_864,
     "mamba:samba-1.3b": 1_334_740_992,
     "mamba:1.8b": 1_795_295_232,
+    "mamba2:130m": 128_989_632,
+    "mamba2:370m": 368_346_624,
+    "mamba2:780m": 780_161_280,
+    "mamba2:1.3b": 1_343_757_312,
+    "mamba2:2.7b": 2_702_599_680,
+    "mamba2:codestral-7b": 7_285_403_648,
     "samba:421m": 421_793_280,
     "samba:1.3b": 1_330_207_488,
     "samba:1.7b": 1_742_194_688,
@@ -52,7 +58,7 @@ VARIANTS = {
     "sink:160m,form=zero": 162_220_944 - 12 * 12,
     "sink:160m,form=token,window=1023": 162_220_944 - 12 * 12,
 }
-FAMILIES = ["transformer", "mamba", "samba", "infini", "sink"]
+FAMILIES = ["transformer", "mamba", "mamba2", "samba", "infini", "sink"]
 TINY = [f"{family}:tiny" for family in FAMILIES] + ["sink:tiny,form=token", "samba:tiny,pattern=two-windows"]
 
 
@@ -74,10 +80,18 @@ def mamba_parameters(d_model, expand=2, state_size=16, conv_width=4, **_):
     return 2 * inner * d_model + convolution + x + (inner * rank + inner) + inner * (state_size + 1) + inner * d_model
 
 
+def mamba2_parameters(d_model, expand=2, state_size=128, head_dim=64, num_groups=1, conv_width=4, **_):
+    """The terms of Dao and Gu's mamba2.py: in, conv over x, B and C, dt_bias with A_log and D, norm, out."""
+    inner, B_C = expand * d_model, 2 * num_groups * state_size
+    heads = inner // head_dim
+    return d_model * (2 * inner + B_C + heads) + (inner + B_C) * (conv_width + 1) + 3 * heads + inner + inner * d_model
+
+
 PARAMETERS = {
     "attention": attention_parameters,
     "infini": lambda d_model, num_heads, **more: attention_parameters(d_model, num_heads, **more) + num_heads,
     "mamba": mamba_parameters,
+    "mamba2": mamba2_parameters,
     "mlp": lambda d_model, d_ff, **_: 3 * d_model * d_ff,
 }
 
@@ -120,6 +134,8 @@ def test_sequence_length_changes_neither_tokens_per_step_nor_steps(name):
         ("samba:1.7b", 230e9, 2048 * 4096, 6e-4, 6e-5),
         ("mamba:130m", 300e9, 2**19, 3e-3, 1e-5),
         ("mamba:2.8b", 300e9, 2**20, 8e-4, 1e-5),
+        ("mamba2:130m", 300e9, 2**19, 3e-3, 1e-5),
+        ("mamba2:2.7b", 300e9, 2**20, 8e-4, 1e-5),
         ("transformer:438m", 20e9, 512 * 4096, 4e-4, 4e-5),
         ("transformer:pp-125m", 4_800 * 2**19, 2**19, 3e-3, 1e-5),
         ("transformer:pp-1.3b", 50_000 * 2**19, 2**19, 1e-3, 1e-5),
@@ -141,8 +157,9 @@ def test_tiny_divides_on_every_mesh_of_up_to_eight_devices(name):
     config = config_of(name)
     sizes = [config.train.batch_size, config.train.sequence_length, config.model.d_model, config.model.vocab_size]
     for mixer in config.model.mixers.values():
-        divided = ("num_heads", "num_kv_heads", "d_ff", "window", "segment_length")
+        divided = ("num_heads", "num_kv_heads", "num_groups", "d_ff", "window", "segment_length")
         sizes += [mixer[key] for key in divided if mixer.get(key)]
+        sizes += [2 * config.model.d_model // mixer["head_dim"]] if mixer["type"] == "mamba2" else []
     assert all(size % 8 == 0 for size in sizes)
     assert config.model.vocab_size == (256 if config.data.start_token is None else 264)
     assert config.data.tokenizer == "bytes"

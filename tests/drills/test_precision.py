@@ -15,6 +15,7 @@ from lcx.params import create
 FAMILIES = [
     "transformer",
     "mamba",
+    "mamba2",
     "samba",
     "infini",
     "infini:update=segment_delta",

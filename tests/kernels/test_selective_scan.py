@@ -121,7 +121,8 @@ CASES = {
     "one token": (draw(2, 1, 5, 2), {"dt_softplus": True}),
     # A batch of one with even and odd channels, with resets at both ends.
     "one row": (draw(1, 19, 6, 2), {"dt_softplus": True, "reset": mark_resets(1, 19, 0, 18)}),
-    "one odd row, resets everywhere": (draw(1, 18, 3, 1), {"reset": np.ones((1, 18), bool)}),
+    "one odd row": (draw(1, 19, 5, 2), {"dt_softplus": True, "reset": mark_resets(1, 19, 7)}),
+    "one channel, resets everywhere": (draw(1, 18, 1, 1), {"reset": np.ones((1, 18), bool)}),
     "extreme steps": (extreme_steps(), {}),
     # Channels over several blocks of a kernel, the last one ragged.
     "many channels": (draw(1, 9, 130, 2), {"dt_softplus": True, "reset": mark_resets(1, 9, 4)}),
@@ -340,6 +341,14 @@ class TestXla(ScanTests):
     @pytest.mark.parametrize("chunk_size", [1, 5])
     def test_chunk_size_changes_nothing(self, chunk_size):
         self.compare("everything", chunk_size=chunk_size)
+
+    @pytest.mark.parametrize("channels", [6, 7])
+    def test_a_lone_row_is_two_rows_of_half_its_channels(self, channels):
+        """XLA's code for a single row is several times slower."""
+        arguments = in_float32(draw(1, 20, channels, 3))
+        text = str(jax.make_jaxpr(lambda arguments: selective_scan(**arguments, backend="xla"))(arguments))
+        assert f"f32[2,3,{-(-channels // 2)}]" in text
+        assert f"f32[1,3,{channels}]" not in text
 
     def test_memory_holds_no_state_per_token(self):
         """Temporaries of the gradient are a small part of [batch, time, channels, state], in proportion to time."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lcx_kernels.backends import BackendUnavailable, compiling_for
-from lcx_kernels.selective_scan import selective_scan
+from lcx_kernels.selective_scan import select_backend, selective_scan
 from tests.kernels.test_selective_scan import draw, in_float32
 
 WRONG = {
@@ -48,11 +48,24 @@ def test_a_backend_for_another_platform_is_refused():
         selective_scan(**arguments, backend="pallas_tpu")
 
 
-def test_tpus_have_no_float64():
-    with jax.enable_x64(True), compiling_for("tpu"):
-        arguments = {key: jnp.asarray(value) for key, value in draw(2, 5, 3, 4).items()}
-        with pytest.raises(BackendUnavailable, match="no float64"):
-            jax.eval_shape(functools.partial(selective_scan, backend="pallas_tpu"), **arguments)
+CANNOT = {
+    "float64 on TPU": ("tpu", "pallas_tpu", 4, jnp.float64, 'backend "pallas_tpu" cannot do this call: .* no float64'),
+    "too many states": ("gpu", "triton", 129, jnp.float32, "A has 129 states a channel, and it takes at most 128"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_calls_that_a_backend_cannot_do_are_refused(case):
+    """By name, also before there are arrays; "auto" is XLA then."""
+    platform, backend, state, dtype, message = CANNOT[case]
+    with jax.enable_x64(True), compiling_for(platform):
+        arguments = {key: jnp.asarray(value, dtype) for key, value in draw(2, 9, 3, state).items()}
+        with pytest.raises(BackendUnavailable, match=message):
+            jax.eval_shape(functools.partial(selective_scan, backend=backend), **arguments)
+        with pytest.raises(BackendUnavailable, match=message):
+            select_backend(backend, state=state, dtype=dtype)
+        assert select_backend("auto", state=state, dtype=dtype) == "xla"
+        jax.eval_shape(selective_scan, **arguments)
 
 
 def test_kernels_are_imported_when_they_run():

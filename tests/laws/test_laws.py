@@ -28,6 +28,7 @@ ABLATIONS = (
     "samba:pattern=nope",
     "samba:pattern=two-windows",
     "samba:full_attention=1",
+    "mamba2",
 )
 EXAMPLES = 12
 
@@ -61,6 +62,7 @@ def small_model(family: str, dtype: str):
         "infini": {"num_heads": 4, "num_kv_heads": 2, "segment_length": 4},
         "mlp": {"d_ff": 48},
         "mamba": {"state_size": 4, "chunk_size": 4},
+        "mamba2": {"state_size": 4, "chunk_size": 4, "head_dim": 16, "num_groups": 2},
     }
     with config.unlocked():
         for name, record in config.model.mixers.items():

@@ -17,6 +17,7 @@ MESHES = {"one_device": {}, "mesh": {"data": 2, "tensor": 2}}
 CASES = [
     ("mamba", {"state_size": 4}, "reference"),
     ("mamba", {"state_size": 4}, "pallas_tpu"),
+    ("mamba2", {"head_dim": 16, "state_size": 4, "conv_width": 2, "chunk_size": 8}, "reference"),
     ("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 5, "sink_tokens": 1, "sink": "logit"}, "reference"),
     ("infini", {"num_heads": 4, "num_kv_heads": 2, "segment_length": 4, "update": "segment_delta"}, "reference"),
 ]

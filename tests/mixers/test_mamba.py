@@ -30,9 +30,10 @@ def silu(x):
 def mamba(p, u, normed):
     """A row u [time, d_model] through Mamba with parameters p (arXiv 2312.00752, algorithm 2): y and the last h."""
     x, z = np.moveaxis(np.tensordot(u, p["in_proj"]["weight"], 1), 1, 0)
-    width = p["conv_weight"].shape[1]
+    filters, bias = p["conv"]["weight"], p["conv"]["bias"]
+    width = filters.shape[1]
     padded = np.concatenate([np.zeros_like(x[: width - 1]), x])
-    x = silu(sum(padded[j : j + len(x)] * p["conv_weight"][:, j] for j in range(width)) + p["conv_bias"])
+    x = silu(sum(padded[j : j + len(x)] * filters[:, j] for j in range(width)) + bias)
     rank, size = len(p["dt_proj"]), p["A_log"].shape[1]
     dt, B, C = np.split(x @ p["x_proj"]["weight"], [rank, rank + size], axis=-1)
     if normed:

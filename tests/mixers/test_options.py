@@ -35,7 +35,7 @@ def mixer(record, dims=DIMS):
         ({"type": "mamba", "state_size": "many"}, "model.mixers.mine.state_size must be"),
         ({"type": "mamba", "backend": "tritn"}, "model.mixers.mine: backend: unknown name 'tritn'"),
         ({"type": "mamba", "backend": "pallas_tpu"}, 'model.mixers.mine: backend "pallas_tpu" needs a TPU'),
-        ({"type": "attention", "num_heads": 4, "backend": "triton"}, 'model.mixers.mine: backend "triton" is missing'),
+        ({"type": "attention", "num_heads": 4, "backend": "triton"}, 'model.mixers.mine: backend "triton" needs a GPU'),
         ({"type": "no_such_package.mixers:Mine"}, 'cannot import "no_such_package.mixers"'),
         ({"type": "lcx.config:ModelConfig"}, "is not a subclass of lcx.mixers.Mixer"),
     ],
@@ -74,7 +74,7 @@ def test_mamba_starts_as_the_paper_does():
         "in_proj": (mamba.in_proj.weight, 1 / math.sqrt(256)),
         "x_proj": (mamba.x_proj.weight, 1 / math.sqrt(512)),
         "dt_proj": (mamba.dt_proj, 1 / math.sqrt(16)),
-        "conv": (mamba.conv_weight, 0.5),
+        "conv": (mamba.conv.weight, 0.5),
         "out_proj": (mamba.out_proj.weight, 1 / math.sqrt(512) / math.sqrt(8)),
     }
     for name, (weight, bound) in bounds.items():

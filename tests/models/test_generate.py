@@ -18,6 +18,7 @@ SETTINGS = dict(temperature=jnp.float32(1), top_k=jnp.int32(0), top_p=jnp.float3
 FAMILIES = (
     "transformer",
     "mamba",
+    pytest.param("mamba2", marks=pytest.mark.slow),
     "samba",
     "infini",
     "infini:update=segment_delta",
@@ -25,7 +26,7 @@ FAMILIES = (
     "sink:form=token,window=128",
 )
 GROWING = ("transformer", "sink:form=logit")  # full attention
-SMALL = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "segment_length": 4, "d_ff": 48}
+SMALL = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "segment_length": 4, "d_ff": 48, "num_groups": 2}
 # Longer and shorter than windows and segments; alone and together they end at different places of a segment.
 PROMPTS = [np.array(prompt) for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7, 1, 8], [0])]
 COUNT = 6

@@ -12,6 +12,7 @@ from lcx.models import LanguageModel
 from lcx.params import create
 from tests.readings import of_lcx
 from tests.readings.infini import infini_lm_logits
+from tests.readings.mamba2 import mamba2_logits
 from tests.readings.samba import samba_logits
 
 ROWS = ((7, 1, 10), (18,))  # the documents of two rows
@@ -21,8 +22,10 @@ SMALL = {
     "infini": {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "segment_length": SEGMENT},
     "mlp": {"d_ff": 20},
     "mamba": {"state_size": 3, "chunk_size": 4},
+    "mamba2": {"state_size": 3, "chunk_size": 4, "head_dim": 8, "num_groups": 1},
 }
 CASES = [
+    "mamba2",
     "samba",
     "samba:pattern=mamba-swa-mlp",
     "samba:pattern=mamba-mlp",
@@ -51,6 +54,8 @@ def small(case: str, **mamba):
 def read(config, weights: dict, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """The reading's logits of one row; layers are named after their mixer, all else is in the config."""
     heads = dict(num_heads=HEADS, num_kv_heads=KV_HEADS, positions=positions)
+    if config.family == "mamba2":
+        return mamba2_logits(tokens, weights, num_groups=1, positions=positions)
     if config.family == "infini":
         record = config.mixers["infini"]
         options = dict(segment_length=SEGMENT, update=record["update"], rope_base=10_000.0)

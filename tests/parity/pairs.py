@@ -12,6 +12,8 @@ from transformers import (
     JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -22,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.parity.weights import JAMBA_MODEL, MAMBA_MODEL, TRANSFORMER_MODEL, Table
+from tests.parity.weights import JAMBA_MODEL, MAMBA2_MODEL, MAMBA_MODEL, TRANSFORMER_MODEL, Table
 
 torch.set_num_threads(1)  # for matrices as small as these, threads only wait for each other
 
@@ -71,7 +73,7 @@ def randomize(module: nn.Module, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=random)
             if name.endswith("A_log"):
                 parameter.copy_(torch.log(torch.arange(1.0, parameter.shape[-1] + 1)) + 0.1 * noise)
-            elif name.endswith("dt_proj.bias"):
+            elif name.endswith(("dt_proj.bias", "dt_bias")):
                 parameter.copy_(-3.0 + noise)
             elif parameter.ndim > 1:
                 parameter.copy_(noise / math.sqrt(math.prod(parameter.shape[1:])))
@@ -138,6 +140,29 @@ def _mamba(*, tied: bool) -> Pair:
     return Pair(MambaForCausalLM, config, _section("mamba", tied, mamba=MAMBA), MAMBA_MODEL, packs=False)
 
 
+def _mamba2(*, tied: bool, groups: int, limit: tuple[float, float] = (0.0, math.inf)) -> Pair:
+    """Chunks there are of another length than here."""
+    config = Mamba2Config(
+        vocab_size=VOCAB,
+        hidden_size=D_MODEL,
+        num_hidden_layers=PERIODS,
+        num_heads=2 * D_MODEL // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        state_size=STATE_SIZE,
+        n_groups=groups,
+        chunk_size=16,
+        time_step_limit=limit,
+        layer_norm_epsilon=EPS,
+        use_bias=False,
+        use_conv_bias=True,
+        residual_in_fp32=True,
+        tie_word_embeddings=tied,
+    )
+    mixer = dict(type="mamba2", head_dim=HEAD_DIM, state_size=STATE_SIZE, num_groups=groups, chunk_size=12)
+    mixer |= {} if limit[1] == math.inf else {"dt_limit": limit}
+    return Pair(Mamba2ForCausalLM, config, _section("mamba2", tied, mamba2=mixer), MAMBA2_MODEL, packs=False)
+
+
 def _jamba() -> Pair:
     """A hybrid: Mamba with norms of dt, B and C, and attention without positions, MLPs between them."""
     config = JambaConfig(
@@ -173,5 +198,7 @@ PAIRS = {
     "qwen3": _transformer(Qwen3ForCausalLM, Qwen3Config, qk_norm=True),
     "mamba": _mamba(tied=True),
     "mamba-untied": _mamba(tied=False),
+    "mamba2": _mamba2(tied=True, groups=1),
+    "mamba2-grouped": _mamba2(tied=False, groups=2, limit=(0.02, 0.2)),
     "jamba": _jamba(),
 }

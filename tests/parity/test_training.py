@@ -113,7 +113,7 @@ def train_there(pair: Pair, model: torch.nn.Module, batches: list[dict]) -> dict
     return {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2"])
 def test_a_hundred_steps(name, make_config, say):
     pair = PAIRS[name]
     config, model = make_config(pair), pair.make(seed=2)

@@ -20,8 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lcx_kernels.backends import compiling_for
+from lcx_kernels.backends import BackendUnavailable, compiling_for
 from lcx_kernels.selective_scan import selective_scan, triton_gpu, triton_plan
+from tests import triton_traffic
 from tests.kernels import test_selective_scan as base
 from tests.kernels.test_selective_scan import ScanTests
 
@@ -30,16 +31,19 @@ pytest.importorskip("torch", reason="Triton's interpreter works on tensors of Py
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 
-class Interpreter:
-    """The process that interprets, started when first used. Thread-safe."""
+KERNELS = "lcx_kernels.selective_scan.triton_kernels"
 
-    def __init__(self):
-        self._process, self._lock = None, threading.Lock()
+
+class Interpreter:
+    """The process that interprets kernels of a module, started when first used. Thread-safe."""
+
+    def __init__(self, kernels: str = KERNELS):
+        self._kernels, self._process, self._lock = kernels, None, threading.Lock()
         self.moved = 0  # bytes, by all launches so far
 
     def __call__(self, launch: triton_plan.Launch, *arrays, stretched: dict[int, int] | None = None):
         launch = launch._replace(inputs=[np.asarray(array) for array in arrays])
-        request = (launch.kernel, launch.programs, *launch[3:], stretched or {})
+        request = (f"{self._kernels}:{launch.kernel}", launch.programs, *launch[3:], stretched or {})
         with self._lock:
             if self._process is None:
                 command = [sys.executable, str(Path(__file__).parent / "triton_worker.py")]
@@ -133,7 +137,7 @@ class TestTriton(InterpretedTests):
 
     def test_too_large_a_state_is_refused(self):
         arguments = base.in_float32(base.draw(1, 2, 1, 129))
-        with pytest.raises(ValueError, match="A: 129 states a channel"):
+        with pytest.raises(BackendUnavailable, match="A has 129 states a channel, and it takes at most 128"):
             selective_scan(**arguments, backend="triton")
 
 
@@ -157,65 +161,47 @@ def draw_inputs(batch, time, channels, state) -> triton_plan.Inputs:
     return triton_plan.Inputs(**values, reset=base.mark_resets(batch, time, 3).astype(np.int8))
 
 
-def size(*arrays) -> int:
-    return sum(array.nbytes for array in arrays if array is not None)
-
-
 def run_directly(launch, **options):
     return INTERPRETER(launch._replace(inputs=()), *launch.inputs, **options)
 
 
-@functools.cache
-def moved_and_least(channels: int, segments: int, length: int) -> np.ndarray:
-    """(bytes moved, least possible) of the forward pass, of one that keeps states, and of the backward pass."""
-    inputs = draw_inputs(1, segments * length, channels, 16)
-    plan = triton_plan.make_plan(*inputs.sizes, False, None)._replace(segments=segments, length=length)
-    found = []
-    for keep in (False, True):
-        before = INTERPRETER.moved
-        y, final, borders = triton_plan.forward(run_directly, inputs, True, plan, keep)
-        found.append((INTERPRETER.moved - before, size(*inputs, y, final, borders)))
-    summed = 0
+@pytest.mark.parametrize("with_y", [True, False])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_memory_traffic_is_as_counted(segments, with_y):
+    """The count of `triton_traffic`, by which the limits are checked, is what the programs load and store."""
+    inputs = draw_inputs(2, 19, 130, 5) if segments == 1 else draw_inputs(1, 37, 130, 5)
+    inputs = inputs if with_y else inputs._replace(C=None, D=None, z=None)
+    plan = triton_plan.make_plan(*inputs.sizes, False, None)
+    plan = plan._replace(segments=segments, length=32 if segments == 1 else 16)
+    counted = []
 
     def run(launch):
-        nonlocal summed
+        before = INTERPRETER.moved
         outputs = run_directly(launch)
-        if launch.kernel == "backward":
-            summed = size(*outputs[3:8])  # read again, by the sums outside
+        assert INTERPRETER.moved - before == triton_traffic.moved(launch), launch.kernel
+        counted.append(launch.kernel)
         return outputs
 
-    before = INTERPRETER.moved
-    gradients = triton_plan.backward(run, inputs, True, plan, borders, y, final)
-    summed += size(gradients.A, gradients.B, gradients.C, gradients.D, gradients.dt_bias)
-    least = size(*inputs[:8], inputs.reset, borders, y, final, *gradients)
-    return np.array([*found, (INTERPRETER.moved - before + summed, least)], float)
-
-
-def ratios(channels: int, segments: int, time: int) -> np.ndarray:
-    """Traffic over the least possible at large sizes, from small ones: it is a sum of products of the sizes."""
-    small = [(1, 16), (1, 32)] if segments == 1 else [(2, 16), (2, 32), (3, 16)]
-
-    def terms(channels, segments, time):
-        """What bytes are in proportion to: programs, tokens, and either of them for all channels."""
-        return [1, channels, time, channels * time, segments, segments * channels][: 2 * len(small)]
-
-    sizes = [(d, s, length) for d in (128, 256) for s, length in small]
-    measured = np.array([moved_and_least(*size) for size in sizes]).reshape(len(sizes), -1)
-    weights = np.linalg.solve(np.array([terms(d, s, s * length) for d, s, length in sizes], float), measured)
-    moved, least = (np.array(terms(channels, segments, time)) @ weights).reshape(3, 2).T
-    return moved / least
+    y, final, borders = triton_plan.forward(run, inputs, True, plan, True)
+    triton_plan.backward(run, inputs, True, plan, borders, y, final)
+    expected = triton_traffic.passes(inputs, plan)
+    launches = expected["keeping"].launches + expected["backward"].launches
+    assert counted == [launch.kernel for launch in launches]
+    assert set(counted) >= ({"forward", "backward"} if segments == 1 else {"forward", "backward", "adjoint", "combine"})
 
 
 @pytest.mark.parametrize(("time", "batch_fills"), [(4096, True), (4096, False), (32768, False)])
 def test_memory_traffic(time, batch_fills, record_property):
     """Of Mamba-130M's 1536 channels. In bfloat16, where partial sums and states in float32 weigh most."""
-    plan = triton_plan.make_plan(32 if batch_fills else 1, time, 1536, 16, False, None)
+    inputs = triton_traffic.abstract_inputs(32 if batch_fills else 1, time, 1536, 16, jnp.bfloat16)
+    plan = triton_plan.make_plan(*inputs.sizes, False, None)
     assert (plan.segments > 1) == (not batch_fills)
-    forward, keeping, backward = ratios(1536, plan.segments, time)
-    row = {"channels": 1536, "time": time, "segments": plan.segments, "forward": f"{forward:.2f}"}
-    record_property("row", row | {"forward with states kept": f"{keeping:.2f}", "backward": f"{backward:.2f}"})
-    assert max(forward, keeping) <= (1.35 if batch_fills else 1.8)
-    assert backward <= 2.2
+    ratios = {name: each.ratio for name, each in triton_traffic.passes(inputs, plan).items()}
+    row = {"channels": 1536, "time": time, "segments": plan.segments}
+    record_property("row", row | {name: f"{ratio:.2f}" for name, ratio in ratios.items()})
+    cut = "" if batch_fills else ", cut"
+    assert max(ratios["forward"], ratios["keeping"]) <= triton_traffic.LIMITS["forward" + cut]
+    assert ratios["backward"] <= triton_traffic.LIMITS["backward" + cut]
 
 
 def test_offsets_beyond_two_to_the_31():

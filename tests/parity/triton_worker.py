@@ -2,13 +2,14 @@
 
 Whether a kernel is interpreted is settled when Triton is imported, so this is a process of its own. It reads pickled
 requests from standard input until that ends: (kernel, programs, arrays, scalars, outputs, constants, stretched), the
-fields of a `Launch` with numpy arrays for inputs. It answers each with a pickled (output arrays, bytes loaded and
-stored), or with the traceback. Outputs start as NaN: what a kernel leaves out is seen.
+fields of a `Launch` with numpy arrays for inputs, and "module:name" for the kernel. It answers each with a pickled
+(output arrays, bytes loaded and stored), or with the traceback. Outputs start as NaN: what a kernel leaves out is seen.
 
 ``stretched`` maps sizes to larger ones: every axis of such a size becomes that long in memory (of which only the pages
 that are touched exist), with what was sent at its start; of outputs the start is answered.
 """
 
+import importlib
 import os
 import pickle
 import struct
@@ -21,9 +22,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import ml_dtypes
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
-
-from lcx_kernels.selective_scan import triton_kernels
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 moved = 0
@@ -51,6 +51,18 @@ def install_counters() -> None:
         return store(self, pointers, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+
+
+def install_products_of_bfloat16() -> None:
+    """The interpreter holds bfloat16 as integers, and would multiply these."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def widened(self, a, b, *rest):
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    builder.create_dot = widened
 
 
 def as_bool(mask):
@@ -82,8 +94,9 @@ def run(kernel, programs, arrays, scalars, outputs, constants, stretched):
     moved = 0
     inputs = [to_torch(array, stretched) for array in arrays]
     results = [to_torch(np.full(shape, np.nan, dtype), stretched) for shape, dtype in outputs]
+    module, _, name = kernel.rpartition(":")
     with np.errstate(all="ignore"):
-        getattr(triton_kernels, kernel)[(programs,)](*inputs, *scalars, *results, **constants)
+        getattr(importlib.import_module(module), name)[(programs,)](*inputs, *scalars, *results, **constants)
     shapes = [shape for shape, _ in outputs]
     return [to_numpy(result, shape) for result, shape in zip(results, shapes, strict=True)], moved
 
@@ -91,6 +104,7 @@ def run(kernel, programs, arrays, scalars, outputs, constants, stretched):
 def main() -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     install_counters()
+    install_products_of_bfloat16()
     while header := sys.stdin.buffer.read(8):
         request = pickle.loads(sys.stdin.buffer.read(*struct.unpack("<q", header)))
         try:

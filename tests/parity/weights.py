@@ -3,11 +3,14 @@
 A line is: name there, layout, path here. In a name, `*` is the number of the layer there and of the period here, where
 layers are stacked on a first axis; with two layers a period, `2*+1` is every second one.
 
+A name that has several lines is cut along its first axis, one piece a line, in their order.
+
 Layout T: there a matrix is [outputs, inputs], here [*inputs, *outputs], where heads or halves are axes of their own.
 Layout =: the same order of numbers in both, though axes of size 1 may be missing here.
 In capitals: the lines of that table, each with what stands here in front. Lines that a model has not are passed over.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -45,8 +48,8 @@ MLP = _table("""
 
 MAMBA = _table("""
     in_proj.weight      T   in_proj/weight
-    conv1d.weight       =   conv_weight
-    conv1d.bias         =   conv_bias
+    conv1d.weight       =   conv/weight
+    conv1d.bias         =   conv/bias
     x_proj.weight       T   x_proj/weight
     dt_layernorm.weight =   dt_norm/scale
     b_layernorm.weight  =   B_norm/scale
@@ -55,6 +58,21 @@ MAMBA = _table("""
     dt_proj.bias        =   dt_bias
     A_log               =   A_log
     D                   =   D
+    out_proj.weight     T   out_proj/weight
+""")
+
+MAMBA2 = _table("""
+    in_proj.weight      T   z_x_proj/weight
+    in_proj.weight      T   B_C_proj/weight
+    in_proj.weight      T   dt_proj/weight
+    conv1d.weight       =   x_conv/weight
+    conv1d.weight       =   B_C_conv/weight
+    conv1d.bias         =   x_conv/bias
+    conv1d.bias         =   B_C_conv/bias
+    dt_bias             =   dt_bias
+    A_log               =   A_log
+    D                   =   D
+    norm.weight         =   norm_scale
     out_proj.weight     T   out_proj/weight
 """)
 
@@ -73,16 +91,22 @@ TRANSFORMER_MODEL = _table(
     MLP=MLP,
 )
 
-MAMBA_MODEL = _table(
-    """
-    backbone.embeddings.weight                        =           embedding/table
-    backbone.layers.*.norm.weight                     =           stack/layers/0_mamba/norm/scale
-    backbone.layers.*.mixer.                          MAMBA       stack/layers/0_mamba/mixers/mamba/
-    backbone.norm_f.weight                            =           norm/scale
-    lm_head.weight                                    =           head/table
-    """,
-    MAMBA=MAMBA,
-)
+
+def _mamba_model(mixer: str, parts: Table) -> Table:
+    return _table(
+        f"""
+        backbone.embeddings.weight                    =           embedding/table
+        backbone.layers.*.norm.weight                 =           stack/layers/0_{mixer}/norm/scale
+        backbone.layers.*.mixer.                      MIXER       stack/layers/0_{mixer}/mixers/{mixer}/
+        backbone.norm_f.weight                        =           norm/scale
+        lm_head.weight                                =           head/table
+        """,
+        MIXER=parts,
+    )
+
+
+MAMBA_MODEL = _mamba_model("mamba", MAMBA)
+MAMBA2_MODEL = _mamba_model("mamba2", MAMBA2)
 
 # Jamba with attention in every second layer and no experts
 JAMBA_MODEL = _table(
@@ -121,12 +145,23 @@ def to_lcx(arrays: Mapping[str, np.ndarray], table: Table, shapes: dict) -> dict
         if path not in wanted:
             continue
         periods = wanted[path][0] if "*" in name else 1
-        pieces = [left.pop(_numbered(name, period), None) for period in range(periods)]
+        pieces = [_cut(left, _numbered(name, period), math.prod(wanted[path]) // periods) for period in range(periods)]
         if all(piece is not None for piece in pieces):
             found[path] = np.stack([piece.T if layout == "T" else piece for piece in pieces]).reshape(wanted[path])
     if left or found.keys() != wanted.keys():
         raise ValueError(f"no place for {sorted(left)}; no values for {sorted(wanted.keys() - found.keys())}")
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shapes)
+
+
+def _cut(arrays: dict[str, np.ndarray], name: str, size: int) -> np.ndarray | None:
+    """Takes the first rows of an array, `size` numbers, out of the dict; None where it is not there."""
+    if name not in arrays:
+        return None
+    whole = arrays.pop(name)
+    rows = size // math.prod(whole.shape[1:])
+    if rows < len(whole):
+        arrays[name] = whole[rows:]
+    return whole[:rows]
 
 
 def _numbered(name: str, period: int) -> str:

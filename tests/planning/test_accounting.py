@@ -11,7 +11,7 @@ from lcx.models import LanguageModel
 from lcx.params import split
 from lcx.planning import flops_per_token, parameter_count, state_bytes
 
-FAMILIES = ["transformer.py", "mamba.py", "samba.py", "infini.py", "sink.py:form=token,window=60"]
+FAMILIES = ["transformer.py", "mamba.py", "mamba2.py", "samba.py", "infini.py", "sink.py:form=token,window=60"]
 
 
 def config_of(argument, **fields):

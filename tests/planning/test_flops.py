@@ -27,13 +27,14 @@ HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "backend": "referenc
 FULL = {"type": "attention"} | HEADS
 WINDOW = FULL | {"window": 256}
 MAMBA = {"type": "mamba", "backend": "reference"}
+MAMBA2 = {"type": "mamba2", "head_dim": 64, "state_size": 32, "num_groups": 2, "backend": "reference"}
 AVERAGE = {"type": "examples.moving_average:MovingAverage"}
 # The reference closes segments token by token, elementwise work on each memory: many query heads read one.
 FEW_MEMORIES = HEADS | {"num_heads": 16, "num_kv_heads": 1}
 INFINI = {"type": "infini", "segment_length": 64} | FEW_MEMORIES
 DELTA = INFINI | {"update": "segment_delta"}
 
-CHUNKS = [{"type": "mlp", "d_ff": 640}, MAMBA, MAMBA | {"dt_B_C_norm": True, "dt_rank": 128}, AVERAGE]
+CHUNKS = [{"type": "mlp", "d_ff": 640}, MAMBA, MAMBA | {"dt_B_C_norm": True, "dt_rank": 128}, MAMBA2, AVERAGE]
 STEPS = [  # and after how many tokens one more sees all that the state holds
     (FULL, (0, 100, 1023)),
     (FULL | {"num_kv_heads": 8, "sink": "logit"}, (0, 1023)),
@@ -42,11 +43,13 @@ STEPS = [  # and after how many tokens one more sees all that the state holds
     (INFINI, (127, 191)),
     (DELTA, (127, 191)),
     (MAMBA, (100,)),
+    (MAMBA2, (100,)),
     (AVERAGE, (100,)),
 ]
 FAMILIES = [
     "transformer.py",
     "mamba.py",
+    "mamba2.py",
     "samba.py",
     "samba.py:full_attention=1",
     "infini.py:update=segment_delta",
@@ -138,6 +141,11 @@ def scan_step(h, x, dt, A, B, C, D):
     return h, (h * C[:, None, :]).sum(axis=-1) + D * x
 
 
+def ssd_step(S, log_decay, k, q, v):
+    S = jnp.exp(log_decay)[..., None, None] * S + k[..., :, None] * v[..., None, :]
+    return S, (S * q[..., :, None]).sum(axis=-2)
+
+
 def read(q, memory, normalizer):
     return jnp.einsum("thk,kv->thv", q, memory), jnp.einsum("thk,k->th", q, normalizer)
 
@@ -152,6 +160,10 @@ PIECES = {
         lambda: difference(MAMBA, conv_width=4 + 32),
         (convolution, floats(1, 95, INNER), floats(32, INNER)),
     ),
+    "convolutions of Mamba-2": (
+        lambda: difference(MAMBA2, conv_width=4 + 32),
+        (convolution, floats(1, 95, INNER + 2 * 2 * 32), floats(32, INNER + 2 * 2 * 32)),
+    ),
     "scan": (  # x_proj makes B and C
         lambda: difference(MAMBA, state_size=16 + 48) - 64 * 2 * INNER * 2 * 48,
         (
@@ -162,6 +174,10 @@ PIECES = {
             *(floats(64, 48), floats(64, 48)),
             floats(INNER),
         ),
+    ),
+    "recurrence of Mamba-2": (  # besides, B and C are projected and convolved
+        lambda: difference(MAMBA2, state_size=32 + 48) - 64 * 2 * (D_MODEL + 4) * 2 * 2 * 48,
+        (ssd_step, floats(64, 8, 48, 64), floats(64, 8), *[floats(64, 8, 48)] * 2, floats(64, 8, 64)),
     ),
     "memory write": (
         lambda: mixer(INFINI).flops(64) - mixer({"type": "attention"} | FEW_MEMORIES).flops(64),
