@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills parity aot bench clean
+.PHONY: quickstart test lint format drills parity interpret aot bench clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -23,8 +23,11 @@ aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not her
 bench: .venv/installed  ## times kernels beside what one would write instead
 	$(BIN)/python scripts/benchmark.py kernels
 
+interpret: .venv/installed-parity  ## all tests of the Triton kernels in Triton's interpreter: half an hour
+	$(BIN)/pytest -n 2 --dist loadfile -m "parity and slow" tests/parity
+
 parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
-	$(BIN)/pytest -n 2 --dist loadfile -m parity tests/parity
+	$(BIN)/pytest -n 2 --dist loadfile -m "parity and not slow" tests/parity
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

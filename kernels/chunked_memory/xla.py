@@ -27,7 +27,7 @@ LONGEST_CHUNK_OF_CHANNELS = 64  # with a decay a channel, and for the triangular
 LONGEST_TILE = {"cpu": 256}
 # Numbers of a block, counting pairs of tokens, or segments' values, if that is a chunk or more. On CPUs, more than the
 # caches hold cost several times the time.
-NUMBERS_AT_ONCE = {"cpu": 2**16, "gpu": 2**26, "tpu": 2**26}
+NUMBERS_AT_ONCE = {"cpu": 2**16, "gpu": 2**22, "tpu": 2**22}
 
 
 class Plan(NamedTuple):

@@ -181,7 +181,9 @@ class _Chunks:
         seen = keep(self.first, self.seen_from_start(k))  # [b, n, t, a, 1, K]
         seen = self.from_start(jnp.broadcast_to(seen, (*seen.shape[:3], a, r, seen.shape[-1])))
         sides = jnp.moveaxis(jnp.concatenate([self.v, seen], axis=-1), 2, 4)
-        solved = product("bnarts,bnarsv->bnartv", inverse(system), beta * sides)
+        # Where keys are so long that a document overflows, others in its chunk do not.
+        found = jnp.where(self.pairs[:, :, None, None], inverse(system), 0)
+        solved = product("bnarts,bnarsv->bnartv", found, beta * sides)
         width = self.v.shape[-1]
         values, seen = solved[..., :width], keep(self.first, jnp.moveaxis(solved[..., width:], 4, 2))
 
