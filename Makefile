@@ -2,6 +2,8 @@
 # requirements.lock; it is filled again when the lock or pyproject.toml changes.
 
 PYTHON ?= python3
+# make aot AOT="aot and not slow": some of the sizes
+AOT ?= aot
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
@@ -15,10 +17,10 @@ test: .venv/installed-test  ## the tests that take seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot"
 
 aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m aot tests/aot
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m "$(AOT)" tests/aot
 
 bench: .venv/installed  ## times kernels beside what one would write instead
 	$(BIN)/python scripts/benchmark.py kernels
