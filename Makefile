@@ -2,11 +2,13 @@
 # requirements.lock; it is filled again when the lock or pyproject.toml changes.
 
 PYTHON ?= python3
+# make aot AOT="aot and not slow": some of the sizes
+AOT ?= aot
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills parity aot bench clean
+.PHONY: quickstart test lint format drills parity interpret aot bench clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -15,16 +17,19 @@ test: .venv/installed-test  ## the tests that take seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot"
 
 aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-aot/bin/pytest -m aot tests/aot
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m "$(AOT)" tests/aot
 
 bench: .venv/installed  ## times kernels beside what one would write instead
 	$(BIN)/python scripts/benchmark.py kernels
 
+interpret: .venv/installed-parity  ## all tests of the Triton kernels in Triton's interpreter: half an hour
+	$(BIN)/pytest -n 2 --dist loadfile -m "parity and slow" tests/parity
+
 parity: .venv/installed-parity  ## beside PyTorch and transformers: logits, gradients, a hundred steps
-	$(BIN)/pytest -m parity tests/parity
+	$(BIN)/pytest -n 2 --dist loadfile -m "parity and not slow" tests/parity
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from lcx.config import choose, default_config, parse_options
 #   2.7b              2,702,599,680
 #   codestral-7b      7,285,403,648 (untied)
 SIZES = {
-    "tiny": dict(layers=4, d_model=128, vocab_size=256, head_dim=16, state_size=32, groups=8, chunk_size=64),
+    "tiny": dict(layers=4, d_model=128, vocab_size=256, head_dim=16, state_size=16, groups=8, chunk_size=32),
     "130m": dict(layers=24, d_model=768, vocab_size=50_288),
     "370m": dict(layers=48, d_model=1024, vocab_size=50_288),
     "780m": dict(layers=48, d_model=1536, vocab_size=50_288),

@@ -119,7 +119,7 @@ class _Sizes:
     def __init__(self, launch: Launch):
         constants = launch.constants
         self.state = constants["STATE"]
-        block = constants["INNER"] * constants["WARPS"] * constants["OUTER"]
+        block = constants["INNER"] * constants["WARPS"] * 32 // constants["LOW"]
         self.items = [np.dtype(a.dtype).itemsize for a in launch.inputs]
         self.out_items = [np.dtype(dtype).itemsize for _, dtype in launch.outputs]
         if launch.kernel == "combine":
@@ -170,8 +170,13 @@ def _forward(launch: Launch, n: _Sizes) -> int:
 def _adjoint(launch: Launch, n: _Sizes) -> int:
     has, (dt, A, C, z, dt_bias, reset, dy), (early, dt_sum, kept) = launch.constants, n.items, n.out_items
     total = n.per_segment * (n.state * A + dt_bias * has["HAS_BIAS"])
-    total += n.tokens * (dt + dy * has["HAS_C"] + z * has["HAS_Z"])
-    total += n.shared * C * has["HAS_C"] + n.resets * reset * has["HAS_RESET"]
+    # In a segment's last turn, what is read ahead for the next one is its first body once more.
+    length, body, group = launch.scalars[3], has["BODY"], has["GROUP"]
+    firsts = range(0, n.time, length)
+    tokens = n.time + sum(min(body, n.time - first) for first in firsts)
+    rows = n.time + sum(max(0, min(group, n.time - (first + body - group))) for first in firsts)
+    total += n.batch * tokens * n.channels * (dt + dy * has["HAS_C"] + z * has["HAS_Z"])
+    total += n.batch * n.blocks * (rows * n.state * C * has["HAS_C"] + tokens * reset * has["HAS_RESET"])
     return total + n.per_segment * (n.state * early + dt_sum + kept)
 
 
@@ -186,12 +191,12 @@ def _backward(launch: Launch, n: _Sizes) -> int:
     has_c, resets, chunk = has["HAS_C"], reset * has["HAS_RESET"], has["CHUNK"]
     total = n.per_segment * n.state * (A + late + dA)
     total += n.per_segment * ((D + dD) * has["HAS_D"] + (dt_bias + ddt_bias) * has["HAS_BIAS"])
-    total += n.batch * -(-n.time // chunk) * n.channels * n.state * borders + n.final * early
-    # All groups of a chunk but the last are gone through once more, to find the states before the others.
-    again = chunk - has["GROUP"]
-    share = (n.time // chunk * again + min(n.time % chunk, again)) / n.time
+    total += n.batch * -(-n.time // has["BODY"]) * n.channels * n.state * borders + n.final * early
+    # Before a body's tokens all groups from its chunk's border to its last group are gone through, to find its states.
+    bodies = range(0, n.time, has["BODY"])
+    again = sum(min(start + has["BODY"] - has["GROUP"], n.time) - start // chunk * chunk for start in bodies)
     both = n.tokens * (x + dt) + n.shared * B + n.resets * resets
-    total += both + round(both * share)
+    total += both + both * again // n.time
     total += n.tokens * (dx + ddt + dy * has_c + (z + dz) * has["HAS_Z"])
     return total + n.shared * (dB + (C + dC) * has_c)
 

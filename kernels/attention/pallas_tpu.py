@@ -132,10 +132,10 @@ def _forward(plan: Plan, *arrays):
 def _backward(plan: Plan, residuals, cotangents):
     q, k, v, query_segment, key_segment, out, log_sum_exp = residuals
     d_out, d_log_sum_exp = cotangents
-    # Of a query without keys, hidden scores less 0 still have weights of exactly 0.
+    # Of a query without keys all weights are 0 again; its cotangents, however large, are left out.
     blind = log_sum_exp == NO_KEY_LOG_SUM_EXP
-    log_sum_exp, d_out = jnp.where(blind, 0, log_sum_exp), jnp.where(blind[..., None], 0, d_out)
-    d_i = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - jnp.where(blind, 0, d_log_sum_exp)
+    d_out, d_log_sum_exp = jnp.where(blind[..., None], 0, d_out), jnp.where(blind, 0, d_log_sum_exp)
+    d_i = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_log_sum_exp
     splash = _Splash(plan)
     return *splash.backward(q, k, v, query_segment, key_segment, log_sum_exp, d_out, d_i), None, None
 

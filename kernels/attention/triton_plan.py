@@ -34,17 +34,19 @@ class Plan(NamedTuple):
 
 
 # By the size of a number in bytes and the larger of the two widths, at most. For bfloat16 up to 128 the fastest of some
-# ten measured on an H100 (8,192 tokens, 16 query heads of 4 key heads) that spill no registers.
+# ten measured on an H100 (8,192 tokens, 16 query heads of 4 key heads) that spill no registers. Heads above 128 spill.
 PLANS = {
     (2, 64): Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     (2, 128): Plan(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
-    (2, 256): Plan(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    (2, 256): Plan(Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(16, 64, 8, 1)),
     (4, 64): Plan(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (4, 128): Plan(Tile(16, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
     (4, 256): Plan(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # Where windows or documents hide much of what is before a query, smaller blocks meet less of it.
 PLANS_OF_PARTS = PLANS | {(2, 128): Plan(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 128, 8, 2))}
+# The derivative of a softcap takes registers.
+CAPPED_BACKWARD_KEYS = {(2, 64): Tile(32, 64, 4, 3), (2, 128): Tile(32, 64, 8, 2), (4, 128): Tile(16, 32, 8, 1)}
 SMALLEST_BLOCK = 16
 
 
@@ -65,7 +67,10 @@ def make_plan(arguments: Arguments, static: Static) -> Plan:
     """The tiles for a call. ``chunk_size`` is an upper limit, from 16 on."""
     plans = PLANS if static.window is None and arguments.query_segment is None else PLANS_OF_PARTS
     itemsize, width = arguments.q.dtype.itemsize, max(arguments.q.shape[3], arguments.v.shape[3])
-    plan = next(plan for (size, limit), plan in plans.items() if size == itemsize and width <= limit)
+    key = next((size, limit) for size, limit in plans if size == itemsize and width <= limit)
+    plan = plans[key]
+    if static.softcap is not None:
+        plan = plan._replace(backward_keys=CAPPED_BACKWARD_KEYS.get(key, plan.backward_keys))
     if static.chunk_size is None:
         return plan
     largest = max(SMALLEST_BLOCK, 1 << (static.chunk_size.bit_length() - 1))

@@ -5,17 +5,15 @@ To import this, no Triton is needed.
 """
 
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lcx_kernels.causal_conv.taps import add_last, last_tokens
-from lcx_kernels.varying import varying_axes
+from lcx_kernels.triton_launch import call, vary_as
+from lcx_kernels.triton_launch import missing as missing
 
-# What programs are compiled for where no GPU is: an H100's.
-_COMPUTE_CAPABILITY = 90
 _WARPS = 4
 _PER_THREAD = 2  # channels
 LENGTH = 128  # tokens of a segment
@@ -32,16 +30,6 @@ class Launch(NamedTuple):
     scalars: tuple[int, ...]
     outputs: tuple[tuple[tuple[int, ...], Any], ...]  # shape and dtype of each
     constants: dict[str, int]
-
-
-def missing() -> str | None:
-    """What keeps the kernels from being compiled here."""
-    for package in ("triton", "jax_triton"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:  # jax_triton is there and fails without JAX's CUDA plugin
-            return f"needs triton, jax-triton and JAX's CUDA plugin; importing {package} says: {error}"
-    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,25 +74,8 @@ def _launch(kernel, silu, x, tail, weight, bias, lookback, more, outputs) -> Lau
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:
-    """The outputs of a launch, varying over mesh axes as its inputs do: jax-triton does not say so itself."""
-    outputs, axes = _call(launch), tuple(sorted(varying_axes(launch.inputs)))
-    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)
+    """The outputs of a launch, varying over mesh axes as its inputs do."""
+    return vary_as(launch.inputs, _call(launch))
 
 
-def _call(launch: Launch) -> list[jax.Array]:
-    import jax_triton
-
-    from lcx_kernels.causal_conv import triton_kernels
-
-    return jax_triton.triton_call(
-        *launch.inputs,
-        *launch.scalars,
-        kernel=getattr(triton_kernels, launch.kernel),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs],
-        grid=(launch.programs,),
-        name=f"causal_conv_{launch.kernel}",
-        num_warps=launch.warps,
-        num_stages=1,
-        compute_capability=None if jax.default_backend() == "gpu" else _COMPUTE_CAPABILITY,
-        **launch.constants,
-    )
+_call = functools.partial(call, "lcx_kernels.causal_conv.triton_kernels")

@@ -15,9 +15,9 @@ class Arguments(NamedTuple):
     divides the other: head h of the larger goes with head h // ratio of the smaller.
 
     Tokens with ``reset`` start from an empty state. ``closes`` marks the last token of each segment; it is there if and
-    only if segments matter (`Static.segmented`). Between two resets at least chunk_size tokens lie from one marked
-    token to the next (the last inclusive), and from a reset to the next (both inclusive) unless the reset is the row's
-    first token.
+    only if segments matter (`Static.segmented`). In a document these tokens are chunk_size apart; in one that starts
+    after the row's first token, the first of them is its chunk_size-th. So chunk_size tokens in a row hold at most one,
+    of the document that they go on with, unless they are one segment exactly.
     """
 
     q: jax.Array | None  # [batch, time, q heads, K]; None where only the final state is wanted

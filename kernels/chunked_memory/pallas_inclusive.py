@@ -59,8 +59,8 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
         return "inclusive reads with as many query heads as key heads only"
     if arguments.state.memory is None:
         return "no normaliser without its memory"
-    if max(arguments.k.shape[3], arguments.v.shape[3]) > 2 * LANES:
-        return f"heads of at most {2 * LANES}"
+    if arguments.k.shape[3] > 2 * LANES or arguments.v.shape[3] > 4 * LANES:
+        return f"keys of at most {2 * LANES} and values of at most {4 * LANES}"
     return None
 
 

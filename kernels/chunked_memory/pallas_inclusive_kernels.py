@@ -385,7 +385,7 @@ def _backward_tile(plan: Plan, refs: dict, out: dict, scratch: dict, marks: _Mar
     dU = where(marks.last, tile.end * held)
     dk = where(marks.last, dot(_written(plan, tile, marks), expand(plan.keys, plan.values, d_memory), (1, 1)))
     carried = marks.carried(tile.whole * d_memory)
-    dq, d_scores, pairs, starts = None, [], [], [jnp.zeros((plan.chunk, 1), plan.dtype)] * len(heads)
+    reading, dq, d_scores, pairs, starts = None, None, [], [], [jnp.zeros((plan.chunk, 1), plan.dtype)] * len(heads)
     ends = [plan.values.sum(tile.written.astype(plan.dtype) * held, j) for j in heads] if plan.decays else None
     if plan.reads:
         reading = _read_gradients(plan, refs, marks, keys, tile, index, memory)

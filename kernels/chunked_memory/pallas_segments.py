@@ -49,8 +49,8 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
         return "exclusive reads with at least as many query heads as memories only"
     if arguments.state.memory is None:
         return "no normaliser without its memory"
-    if max(arguments.k.shape[3], arguments.v.shape[3]) > 2 * LANES:
-        return f"heads of at most {2 * LANES}"
+    if arguments.k.shape[3] > 2 * LANES or arguments.v.shape[3] > 4 * LANES:
+        return f"keys of at most {2 * LANES} and values of at most {4 * LANES}"
     if static.chunk_size < SUBLANES and not is_interpreted():
         return f"segments of at least {SUBLANES} tokens"
     return None

@@ -49,7 +49,7 @@ class SegmentState(NamedTuple):
 
 
 def canonical(given: Any) -> SegmentState:
-    """The last form of a state that `chunked_memory` returned, M, (M, z) or a `SegmentState`; missing parts are None."""
+    """A state as `chunked_memory` returns it, M, (M, z) or a `SegmentState`, in the last form: missing parts None."""
     if isinstance(given, SegmentState):
         return given
     return SegmentState(*given, None, None) if isinstance(given, tuple) else SegmentState(given, None, None, None)

@@ -125,6 +125,8 @@ def chunked_memory_summary(
       backend: "auto" is "xla" where a platform's own kernel wants queries.
     """
     static = check_static(update, read, normalize, chunk_size, log_decay, beta)
+    if normalizers is not None and update != "segment_delta":
+        raise ValueError(f'normalizers: given with update="{update}", expected with "segment_delta" alone')
     arguments = gather(None, k, v, log_decay, beta, positions, reset, None, static)
     opened = static.segmented and positions is not None
     any_reset = jnp.zeros_like(k[:, 0, 0, 0], dtype=bool) if reset is None else reset.any(axis=1)
@@ -137,11 +139,11 @@ def chunked_memory_summary(
     if update == "delta_rule":
         return MemorySummary(any_reset, None, None, *_affine(arguments, static, final, opened))
     if update == "segment_delta":
+        state = None if normalizers is None else _with_normalizers(arguments.state, normalizers, opened)
         sums = final(*_of_normalizers(arguments, static))._replace(memory=None, open_memory=None)
-        if normalizers is None:
+        if state is None:
             return MemorySummary(any_reset, closed, None, None, sums)
-        arguments = arguments._replace(state=_with_normalizers(arguments.state, normalizers, opened))
-        transition, state = _affine(arguments, static, final, opened)
+        transition, state = _affine(arguments._replace(state=state), static, final, opened)
         state = state._replace(normalizer=sums.normalizer, open_normalizer=sums.open_normalizer)
         return MemorySummary(any_reset, closed, None, transition, state)
     total = None
@@ -160,6 +162,8 @@ def _of_normalizers(arguments: Arguments, static: Static) -> tuple[Arguments, St
 
 
 def _with_normalizers(state: SegmentState, given: Any, opened: bool) -> SegmentState:
+    if isinstance(given, tuple) != opened:
+        raise ValueError(f"normalizers: expected {'(complete, open)' if opened else 'one array'}")
     z, open_z = given if opened else (given, None)
     for name, array in (("normalizers", z), ("normalizers of the open segment", open_z)):
         check(name, array, "[batch, S, K]", *state.normalizer.shape)

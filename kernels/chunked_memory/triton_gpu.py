@@ -4,21 +4,17 @@ Kernels are in `triton_kernels`, their launches in `triton_plan`. To import this
 """
 
 import functools
-import importlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.backends import BackendUnavailable
 from lcx_kernels.chunked_memory import triton_plan, triton_segments
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.chunked_memory.triton_plan import Cotangents, Inputs, Launch, Plan
-from lcx_kernels.varying import vary_alike, varying_axes
-
-# What programs are compiled for where no GPU is: an H100's.
-_COMPUTE_CAPABILITY = 90
+from lcx_kernels.triton_launch import call, require, vary_as
+from lcx_kernels.varying import vary_alike
 
 
 def refusal(arguments: Arguments, static: Static) -> str | None:
@@ -36,17 +32,6 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
     if arguments.log_decay is not None and arguments.log_decay.ndim == 4:
         return "a decay for each key channel"
     return None
-
-
-def require() -> None:
-    """Raises BackendUnavailable, naming what is missing, where the kernels cannot be compiled."""
-    for package in ("triton", "jax_triton"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:  # jax_triton is there and fails without JAX's CUDA plugin
-            raise BackendUnavailable(
-                f'backend "triton" needs triton, jax-triton and JAX\'s CUDA plugin; importing {package} says: {error}'
-            ) from error
 
 
 def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, SegmentState]:
@@ -238,25 +223,8 @@ _delta.defvjp(_delta_forward, _delta_backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:
-    """The outputs of a launch, varying over mesh axes as its inputs do: jax-triton does not say so itself."""
-    outputs, axes = _call(launch), tuple(sorted(varying_axes(launch.inputs)))
-    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)
+    """The outputs of a launch, varying over mesh axes as its inputs do."""
+    return vary_as(launch.inputs, _call(launch))
 
 
-def _call(launch: Launch) -> list[jax.Array]:
-    import jax_triton
-
-    from lcx_kernels.chunked_memory import triton_kernels
-
-    return jax_triton.triton_call(
-        *launch.inputs,
-        *launch.scalars,
-        kernel=getattr(triton_kernels, launch.kernel),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs],
-        grid=(launch.programs,),
-        name=f"chunked_memory_{launch.kernel}",
-        num_warps=launch.warps,
-        num_stages=1,
-        compute_capability=None if jax.default_backend() == "gpu" else _COMPUTE_CAPABILITY,
-        **launch.constants,
-    )
+_call = functools.partial(call, "lcx_kernels.chunked_memory.triton_kernels")

@@ -355,7 +355,8 @@ def _delta_flags(plan: Plan, inputs: Inputs) -> dict[str, Any]:
 class Segments(NamedTuple):
     """The sizes of a memory of segments, whose tokens are taken in tiles of a segment's length.
 
-    Attributes: tile, tokens of a tile; block, tokens taken at once; parts of a tile that programs sum up for themselves.
+    Attributes:
+      tile: tokens of a tile; block: tokens taken at once; parts: of a tile, which programs sum up for themselves.
     """
 
     shape: Shape

@@ -23,9 +23,11 @@ from lcx_kernels.varying import vary_alike
 # Tokens of a chunk at most, a power of two: pairs cost a token chunk * (K + V), states between chunks K * V / chunk.
 LONGEST_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 128}
 LONGEST_CHUNK_OF_CHANNELS = 64  # with a decay a channel, and for the triangular systems of the delta rule
+# Tokens of a tile of segments, which may be shorter than a segment: on CPUs what fits the caches, else whole segments.
+LONGEST_TILE = {"cpu": 256}
 # Numbers of a block, counting pairs of tokens, or segments' values, if that is a chunk or more. On CPUs, more than the
 # caches hold cost several times the time.
-NUMBERS_AT_ONCE = {"cpu": 2**16, "gpu": 2**26, "tpu": 2**26}
+NUMBERS_AT_ONCE = {"cpu": 2**16, "gpu": 2**22, "tpu": 2**22}
 
 
 class Plan(NamedTuple):
@@ -54,15 +56,19 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
 
 
 def _run(arguments: Arguments, static: Static, heads: int, out_dtype: Any):
-    plan = _plan(arguments, static, heads, out_dtype)
-    time = arguments.k.shape[1]
+    tokens, marks = Tokens(*arguments[:5]), Marks(arguments.closes, arguments.reset)
+    return _padded(_plan(arguments, static, heads, out_dtype), tokens, marks, arguments.state)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))  # some hundred operations, where the caller has not compiled them
+def _padded(plan: Plan, tokens: Tokens, marks: Marks, state: SegmentState):
+    time = tokens.k.shape[1]
 
     def pad(array: jax.Array) -> jax.Array:  # with tokens that neither decay nor write
         return jnp.pad(array, [(0, 0), (0, -time % plan.block)] + [(0, 0)] * (array.ndim - 2))
 
-    tokens = jax.tree.map(pad, Tokens(*arguments[:5]))
-    marks = jax.tree.map(pad, Marks(arguments.closes, arguments.reset))
-    out, state = _scan(plan, *vary_alike((tokens, marks, arguments.state)))
+    tokens, marks = jax.tree.map(pad, (tokens, marks))
+    out, state = _scan(plan, *vary_alike((tokens, marks, state)))
     return None if out is None else out[:, :time], state
 
 
@@ -70,7 +76,7 @@ def _plan(arguments: Arguments, static: Static, heads: int, out_dtype: Any) -> P
     batch, time, _, width = arguments.k.shape
     segments = static.segmented and arguments.log_decay is None
     if segments:
-        size = min(static.chunk_size, time)
+        size = min(static.chunk_size, time, LONGEST_TILE.get(target_platform(), time))
         numbers = max(width, arguments.v.shape[3])
     else:
         longest = LONGEST_CHUNK[target_platform()]

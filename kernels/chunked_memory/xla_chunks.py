@@ -106,7 +106,10 @@ class _Chunks:
         if self.log_decay is None:
             return products
         decay = jnp.exp(sums_between(jnp.moveaxis(self.log_decay, 2, 4)))[:, :, :, :, None]
-        return jnp.where(mask, products * decay, 0)
+        # Batch and chunks as one axis: XLA's CPU backend (jaxlib 0.10.2) crashes on sums of products of seven.
+        flat = lambda array: array.reshape(-1, *array.shape[2:])  # noqa: E731
+        factors = jnp.where(flat(mask), flat(products) * flat(decay), 0)
+        return factors.reshape(*products.shape[:2], *factors.shape[1:])
 
     def from_start(self, array: jax.Array) -> jax.Array:
         """[b, n, t, a, r, g, ...] times the decay of a head since the chunk's start."""
@@ -178,7 +181,9 @@ class _Chunks:
         seen = keep(self.first, self.seen_from_start(k))  # [b, n, t, a, 1, K]
         seen = self.from_start(jnp.broadcast_to(seen, (*seen.shape[:3], a, r, seen.shape[-1])))
         sides = jnp.moveaxis(jnp.concatenate([self.v, seen], axis=-1), 2, 4)
-        solved = product("bnarts,bnarsv->bnartv", inverse(system), beta * sides)
+        # Where keys are so long that a document overflows, others in its chunk do not.
+        found = jnp.where(self.pairs[:, :, None, None], inverse(system), 0)
+        solved = product("bnarts,bnarsv->bnartv", found, beta * sides)
         width = self.v.shape[-1]
         values, seen = solved[..., :width], keep(self.first, jnp.moveaxis(solved[..., width:], 4, 2))
 

@@ -1,9 +1,9 @@
 """A block of tokens in segments, without decay: exclusive reads, and the segment-wise delta rule.
 
-A tile has as many tokens as a segment, wherever the segments' borders are: they are counted per document, so that a
-packed document is the document alone. Of the document that a tile goes on with, at most one segment is completed inside
-it; the documents that start inside it are still in their first segment, where there is nothing to read. So a token
-belongs to one of three groups:
+A tile has as many tokens as a segment or fewer, wherever the segments' borders are: they are counted per document, so
+that a packed document is the document alone. Of the document that a tile goes on with, at most one segment is completed
+inside it; the documents that start inside it are still in their first segment, where there is nothing to read. So a
+token belongs to one of three groups:
 
     before   it reads the memory that the tile found, and writes into the segment that was open then
     after    it reads the memory with that segment added, and writes into the next

@@ -4,30 +4,16 @@ Kernels are in `triton_kernels`, their launches in `triton_plan`. To import this
 """
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.backends import BackendUnavailable
 from lcx_kernels.selective_scan import triton_plan
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.selective_scan.triton_plan import Inputs, Launch, Plan
-from lcx_kernels.varying import vary_alike, varying_axes
-
-# What programs are compiled for where no GPU is: an H100's.
-_COMPUTE_CAPABILITY = 90
-
-
-def require() -> None:
-    """Raises BackendUnavailable, naming what is missing, where the kernels cannot be compiled."""
-    for package in ("triton", "jax_triton"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:  # jax_triton is there and fails without JAX's CUDA plugin
-            raise BackendUnavailable(
-                f'backend "triton" needs triton, jax-triton and JAX\'s CUDA plugin; importing {package} says: {error}'
-            ) from error
+from lcx_kernels.triton_launch import call, vary_as
+from lcx_kernels.triton_launch import require as require
+from lcx_kernels.varying import vary_alike
 
 
 def scan(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple[jax.Array | None, jax.Array]:
@@ -67,25 +53,8 @@ _scan.defvjp(_forward, _backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:
-    """The outputs of a launch, varying over mesh axes as its inputs do: jax-triton does not say so itself."""
-    outputs, axes = _call(launch), tuple(sorted(varying_axes(launch.inputs)))
-    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)
+    """The outputs of a launch, varying over mesh axes as its inputs do."""
+    return vary_as(launch.inputs, _call(launch))
 
 
-def _call(launch: Launch) -> list[jax.Array]:
-    import jax_triton
-
-    from lcx_kernels.selective_scan import triton_kernels
-
-    return jax_triton.triton_call(
-        *launch.inputs,
-        *launch.scalars,
-        kernel=getattr(triton_kernels, launch.kernel),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs],
-        grid=(launch.programs,),
-        name=f"selective_scan_{launch.kernel}",
-        num_warps=launch.warps,
-        num_stages=1,
-        compute_capability=None if jax.default_backend() == "gpu" else _COMPUTE_CAPABILITY,
-        **launch.constants,
-    )
+_call = functools.partial(call, "lcx_kernels.selective_scan.triton_kernels")

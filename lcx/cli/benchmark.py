@@ -26,9 +26,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f'lcx benchmark: say which suite, not "{name}": {suggest(name, SUITES)}')
     folder = None if values.out is None else _folder(values.out)  # before minutes are spent
     from lcx.benchmarks import harness  # takes seconds: JAX
+    from lcx.benchmarks.attention import attention_results
     from lcx.benchmarks.kernels import scan_results
+    from lcx.benchmarks.memory import memory_results
 
-    results = scan_results(values.rounds)
+    results = [result for part in (scan_results, attention_results, memory_results) for result in part(values.rounds)]
     report = harness.markdown(suites[0], results)
     print(report)
     for result in results:

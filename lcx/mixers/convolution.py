@@ -37,7 +37,7 @@ class ShortConvolution(nnx.Module):
             tail = before(x, tail, self.width - 1)
             flat = lambda array: None if array is None else array.reshape(*array.shape[:2], -1)  # noqa: E731
             y, new_tail = causal_conv(
-                flat(x), weight.reshape(-1, self.width), bias.reshape(-1), tail=flat(tail), lookback=lookback
+                flat(x), weight.reshape(-1, self.width), bias.reshape(-1), tail=flat(tail), lookback=lookback, silu=True
             )
             return y.reshape(x.shape), last(new_tail.reshape(x.shape[0], self.width - 1, *x.shape[2:]))
 
@@ -49,7 +49,7 @@ class ShortConvolution(nnx.Module):
             dict(x=tokens, tail=tail_axes, weight=(*self.axes, None), bias=self.axes, lookback=TOKEN),
             ((x.shape, tokens), (self._tail_shape(x.shape[0]), tail_axes)),
         )
-        return jax.nn.silu(y), tail
+        return y, tail
 
     def init_tail(self, batch_size: int) -> jax.Array:
         """The tail where nothing came before: zeros in the compute dtype."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcx.layers.initializers import Constant
-from lcx.mixers.base import Aux, Context, ModelDims, State
+from lcx.mixers.base import Aux, Context, ModelDims, State, check_backend
 from lcx.mixers.heads import (
     KEY,
     QUERY,
@@ -31,6 +31,7 @@ from lcx.params import param
 from lcx.schema import limited
 from lcx_kernels.attention import attention, select_backend
 from lcx_kernels.chunked_memory import SegmentState, chunked_memory
+from lcx_kernels.chunked_memory import select_backend as select_memory_backend
 
 MATRIX, VECTOR = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None)
 STATE_AXES = SegmentState(MATRIX, VECTOR, MATRIX, VECTOR)
@@ -62,6 +63,7 @@ class Infini(GroupedHeads):
 
     def __init__(self, options: InfiniOptions, dims: ModelDims, rngs: nnx.Rngs):
         super().__init__(options, dims, rngs, select_backend)
+        check_backend(select_memory_backend, options.backend)
         rate = options.gate_learning_rate
         self.gate = param(
             rngs,

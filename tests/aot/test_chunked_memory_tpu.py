@@ -66,6 +66,9 @@ ODD = {
     "ssd float32": Kind((2, 2, 8), (128, 64), 256, decay=True, static=NORMALIZED, time=1000, dtype=jnp.float32),
     "delta rule float32": Kind((2, 2, 4), (128, 128), 100, decay=True, static=DELTA_RULE, time=130, dtype=jnp.float32),
     "odd widths and heads": Kind((3, 3, 3), (40, 72), 60, decay=True, time=70),
+    # As summaries have them: values beside a unit matrix or two.
+    "delta rule, wide values": Kind((2, 2, 2), (128, 256), 64, decay=True, static=DELTA_RULE, time=256),
+    "infini delta, wide values": Kind((2, 2, 2), (128, 384), 2048, static=INFINI_DELTA, time=2048),
     "infini float32": Kind((6, 2, 2), (64, 128), 1000, static=INFINI_DELTA, time=2222, dtype=jnp.float32),
 }
 TOKENS, STATE = PartitionSpec("data", "seq", "tensor"), PartitionSpec(("data", "seq"), "tensor")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, xla
+from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, fold_sinks, xla
 from lcx_kernels.attention.visibility import Band
 from lcx_kernels.backends import BackendUnavailable
 
@@ -304,6 +304,15 @@ class TestReference(AttentionTests):
 
 class TestXla(AttentionTests):
     backend = "xla"
+
+
+def test_sinks_have_the_right_gradient_where_they_weigh_little():
+    """Over many keys a sink's share is small; its derivative is as exact as any."""
+    out, log_sum_exp, sinks = jnp.ones((1, 1, 3, 2)), jnp.asarray([[[3.0, 12.0, 30.0]]]), jnp.asarray([0.5, -1.0, 0.0])
+    value, gradient = jax.value_and_grad(lambda x: fold_sinks(out, log_sum_exp, x).sum())(sinks)
+    odds = np.exp(np.asarray(sinks, np.float64) - np.asarray(log_sum_exp, np.float64)[0, 0])
+    np.testing.assert_allclose(value, 2 * (1 / (1 + odds)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, -2 * odds / (1 + odds) ** 2, rtol=1e-5)
 
 
 def test_runs_meet_every_key_seen_and_few_others():

@@ -10,7 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx_kernels.backends import BackendUnavailable, compiling_for, interpreted
-from lcx_kernels.chunked_memory import chunked_memory
+from lcx_kernels.chunked_memory import chunked_memory, pallas_tpu, reference
+from lcx_kernels.chunked_memory.api import gather
+from lcx_kernels.chunked_memory.arguments import Static
 from lcx_kernels.chunked_memory.pallas_inverse import unit_lower_inverse
 from lcx_kernels.chunked_memory.pallas_tiles import dot
 from tests.kernels.test_chunked_memory import (
@@ -49,6 +51,7 @@ LAYOUTS = {
         90, heads=(4, 2, 2), time=200, static=INFINI_DELTA, first_positions=(80, 0), resets=((120,), (3, 190))
     ),
 }
+DEFAULTS = {"update": "linear", "read": "inclusive", "normalize": False}
 SLOW = pytest.mark.slow  # what `make drills` runs, not `make test`: kernels take long to interpret
 QUICK = ("one of keys, two of values", "queries of one memory")
 QUICK_CASES = ("linear", "ssd", "gated", "delta_rule", "gated_delta_rule", "ssd, one token", "infini", "infini_delta")
@@ -80,6 +83,27 @@ class TestPallasTpu(MemoryTests):
     @pytest.mark.parametrize("name", some_slow(LAYOUTS, QUICK))
     def test_layouts(self, name):
         compare(LAYOUTS[name], jnp.float64, 1e-10)
+
+    @pytest.mark.parametrize("name", some_slow(["two heads a register", *KINDS], ["two heads a register"]))
+    def test_states_without_queries(self, name):
+        """As summaries ask for: the final state and its gradients, where nothing is read."""
+        of_case = (KINDS | LAYOUTS)[name]
+        static = Static(**DEFAULTS | of_case.options())
+        if name in KINDS and not self.can(name):
+            return
+        with jax.enable_x64(True):
+            given = jax.tree.map(jnp.asarray, draw(of_case))
+            found = []
+            for scan in (pallas_tpu.scan, reference.scan):
+
+                def final(given, scan=scan):
+                    names = ("k", "v", "log_decay", "beta", "positions", "reset", "initial_state")
+                    arrays = given | of_case.marks()
+                    return scan(gather(None, *(arrays.get(name) for name in names), static), static)[1]
+
+                state, transpose = jax.vjp(final, {name: given[name] for name in given if name != "q"})
+                found.append(by_name(((jnp.zeros(()), state), transpose(state)[0])))
+            assert_close(*found, 1e-10)
 
     @SLOW
     @pytest.mark.parametrize("name", ["programs share keys", "two of keys, one of values", "queries of one memory"])

@@ -23,6 +23,26 @@ def pytest_ignore_collect(config):
     return True if MISSING or left_out else None
 
 
+# Of the kernels' tests in Triton's interpreter, where a launch takes a tenth of a second and more, those that
+# `make parity` runs: values and gradients of every kind of call. The rest are `slow`: `make interpret`, and on a GPU.
+INTERPRETED = ("triton_interpreter", "chunked_memory_triton", "attention_triton", "triton_conv")
+FIRST = (
+    "test_float64",
+    "test_bfloat16",
+    "test_lower_precisions",
+    "test_results_and_gradients",
+    "test_against_the_loop",
+    "test_memory_traffic",
+    "test_memory_traffic_is_as_counted",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in INTERPRETED and item.originalname not in FIRST:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def say(request):
     """say(text): a line for the end of the run, with what was measured."""

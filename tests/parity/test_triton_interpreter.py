@@ -172,7 +172,8 @@ def test_memory_traffic_is_as_counted(segments, with_y):
     inputs = draw_inputs(2, 19, 130, 5) if segments == 1 else draw_inputs(1, 37, 130, 5)
     inputs = inputs if with_y else inputs._replace(C=None, D=None, z=None)
     plan = triton_plan.make_plan(*inputs.sizes, False, None)
-    plan = plan._replace(segments=segments, length=32 if segments == 1 else 16)
+    cut = triton_plan.Cut(segments, 32 if segments == 1 else 16)
+    plan = plan._replace(segments=cut.segments, length=cut.length, back=cut)
     counted = []
 
     def run(launch):
@@ -208,12 +209,12 @@ def test_offsets_beyond_two_to_the_31():
     """In rows of 2^31 numbers each, of which only the first tokens are run."""
     inputs = draw_inputs(2, 48, 64, 4)
     plan = triton_plan.make_plan(*inputs.sizes, False, None)._replace(segments=1, length=48)
-    assert plan.chunk == 16
+    assert plan.chunk == 8
     long = 2**25
 
     def run_far(launch):
         scalars = tuple(long if scalar == 48 and i == 0 else scalar for i, scalar in enumerate(launch.scalars))
-        return run_directly(launch._replace(scalars=scalars), stretched={48: long, 3: long // 16})
+        return run_directly(launch._replace(scalars=scalars), stretched={48: long, 6: long // 8})
 
     near, far = [], []
     for run, results in ((run_directly, near), (run_far, far)):
