@@ -20,7 +20,10 @@ from ml_collections import ConfigDict
 from lcx.errors import UserError, suggest
 from lcx.schema import build, coerce, join, limited, plain
 
+MESH_AXES = ("data", "fsdp", "seq", "tensor")
 SEED_LIMIT = 2**31 - 1
+# Records that take names which are not there yet, on a command line too.
+OPEN_RECORDS = ("model.mixers.", "model.remat", "data.sources[", "mesh.parameter_rules", "mesh.activation_rules")
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -129,21 +132,34 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """Devices along each axis of the mesh; together all visible ones. -1 takes what the other axes leave."""
+    """Devices along each axis of the mesh; together all visible ones. -1 takes what the other axes leave.
+
+    The rules say over which mesh axes a logical axis of parameters or of activations is cut, and change the tables in
+    lcx/parallel/sharding.py: {"vocab": "tensor fsdp"}, or {"vocab": ""} for one that is not cut.
+    """
 
     data: int = -1  # batch
     fsdp: int = 1  # batch, and parameters sharded
     seq: int = 1  # time
     tensor: int = 1  # heads and channels
+    parameter_rules: Mapping[str, str] = field(default_factory=dict)
+    activation_rules: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        axes = asdict(self)
+        axes = {name: getattr(self, name) for name in MESH_AXES}
         for name, size in axes.items():
             if size != -1 and size < 1:
                 raise UserError(f"mesh.{name} must be at least 1, or -1 for the devices left over, not {size}.")
         if list(axes.values()).count(-1) > 1:
             free = " and ".join(f"mesh.{name}" for name, size in axes.items() if size == -1)
             raise UserError(f"{free} are both -1: only one axis can take the devices left over.")
+        for kind in ("parameter_rules", "activation_rules"):
+            for name, places in getattr(self, kind).items():
+                for place in places.split():
+                    if place not in axes:
+                        raise UserError(f'mesh.{kind}.{name}: the mesh has no axis "{place}": {suggest(place, axes)}')
+                if len(set(places.split())) < len(places.split()):
+                    raise UserError(f'mesh.{kind}.{name}: "{places}" names an axis twice.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +268,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets the field `key` ("model.mixers.swa.window", "data.sources[0].path") of `config` in place.
 
     The text is read as a Python literal, or kept where it is none, or where the field holds text. Options of a mixer,
-    remat policies and fields of a source need not exist yet, and `model.mixers.NAME.type` makes a new mixer; any other
-    unknown key is a UserError.
+    remat policies, rules of a mesh and fields of a source need not exist yet, and `model.mixers.NAME.type` makes a new
+    mixer; any other unknown key is a UserError.
     """
     if not re.fullmatch(r"[^.\[\]]+(\[\d+\])*(\.[^.\[\]]+(\[\d+\])*)*", key):
         raise UserError(f'"{key}" is not a key of the config: write it like model.d_model or data.sources[0].path.')
@@ -263,7 +279,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         if path == "model.mixers" and last == "type" and hasattr(node, "items") and step not in node:
             node[step] = {}
         node, path = _child(node, step, path), _extend(path, step)
-    open_record = path.startswith(("model.mixers.", "model.remat", "data.sources["))
+    open_record = path.startswith(OPEN_RECORDS)
     is_new = open_record and hasattr(node, "items") and last not in node
     current = None if is_new else _child(node, last, path)
     value = _literal(text)

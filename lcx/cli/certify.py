@@ -24,8 +24,7 @@ from lcx.laws.trials import trial_batch, trial_chunk, trial_lengths
 from lcx.mixers import Mixer, find_mixer
 from lcx.models import LanguageModel
 from lcx.models.pattern import parse_pattern
-from lcx.parallel.mesh import batch_shards
-from lcx.parallel.sharding import activation_sharding, parameter_shardings
+from lcx.parallel.sharding import activation_sharding, batch_shards, parameter_shardings
 from lcx.params import create
 from lcx.training.train_state import blueprint
 from lcx.training.train_step import make_gradients
@@ -137,12 +136,13 @@ class Trials:
 
 def try_stack(trials: Trials, config: Config, mesh: Mesh) -> None:
     """The laws of the model's stack, from states that hold tokens."""
+    rules = blueprint(config).rules
     subject = laws.stack_subject("stack", config.model)
     time, rows = 2 * config.train.sequence_length, config.train.batch_size // config.train.accumulate
-    chunk = trial_chunk(subject, time, rows, batch_shards(mesh))
+    chunk = trial_chunk(subject, time, rows, batch_shards(mesh, rules))
     chunks = {"": chunk, " at first": laws.from_nothing(subject, chunk)}
     by_row = [[document for document in chunk.documents if document.row == row] for row in range(rows)]
-    on_mesh = subject.on(mesh)
+    on_mesh = subject.on(mesh, rules)
     reference = laws.stack_subject("reference", with_backend(config, "reference").model)
 
     def causality() -> Deviation:
@@ -158,7 +158,7 @@ def try_stack(trials: Trials, config: Config, mesh: Mesh) -> None:
         )
 
     def sharding(name: str) -> Callable[[], Deviation]:
-        return lambda: laws.sharding(subject, chunks[name], mesh)
+        return lambda: laws.sharding(subject, chunks[name], mesh, rules)
 
     trials.add("sharding", "mesh and one device, from a state", "float64", sharding(""))
     trials.add("sharding", "mesh and one device, from none", "float64", sharding(" at first"))
@@ -181,16 +181,16 @@ def training(config: Config, mesh: Mesh) -> Deviation:
         gradient, metrics = differentiate(params, batch)
         return {"loss": metrics.pop("loss"), "gradient": gradient, "metrics": metrics}
 
-    layout = {name: activation_sharding(axes, mesh) for name, axes in BATCH_AXES.items()}
-    shardings = (parameter_shardings(plan.shapes, plan.declarations, mesh), layout)
-    return laws.sharding_of(results, (spread(params), trial_batch(config, mesh.shape)), shardings, mesh)
+    layout = {name: activation_sharding(axes, mesh, plan.rules) for name, axes in BATCH_AXES.items()}
+    shardings = (parameter_shardings(plan.shapes, plan.declarations, mesh, plan.rules), layout)
+    return laws.sharding_of(results, (spread(params), trial_batch(config, mesh.shape)), shardings, mesh, plan.rules)
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises UserError for a config that cannot be trained on such a mesh, naming what does not divide."""
     plan = blueprint(config)
-    check_batch(config, mesh)
-    parameter_shardings(plan.shapes, plan.declarations, mesh)
+    check_batch(config, mesh, plan.rules)
+    parameter_shardings(plan.shapes, plan.declarations, mesh, plan.rules)
 
 
 def on_cpu(config: Config) -> tuple[Config, list[str]]:

@@ -1,23 +1,25 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lcx import data
+from lcx import __version__, data
 from lcx.config import Config
 from lcx.evaluation.bigram import bigram_bits_per_byte
 from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
 from lcx.evaluation.report import plot_loss
 from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
+from lcx.parallel import processes
 from lcx.params import count_parameters
 from lcx.training.checkpointing import Checkpoints
-from lcx.training.preemption import run_interruptible
-from lcx.training.telemetry import Telemetry
+from lcx.training.preemption import interrupted, run_interruptible
+from lcx.training.telemetry import Silence, Telemetry
 from lcx.training.train_state import TrainState
 from lcx.training.trainer import Program, fit, make_program
 from lcx.training.workdir import Workdir, open_workdir
@@ -28,25 +30,38 @@ PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the mode
 def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """See `lcx.cli.train.train`."""
     config = Config.from_dict(config)
+    processes.join()
+    interrupted.patient = jax.process_count() > 1
     use_compilation_cache()
     program = make_program(config)
     corpus = data.training_corpus(config)
-    with open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint}) as folder:
-        print(describe(program, corpus, folder), flush=True)
+    processes.check_same({"version of lcx": __version__, "config": config.to_dict(), "data": corpus.fingerprint})
+    with ExitStack() as stack:
+        lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
+        processes.on_first(lambda: stack.enter_context(lock) and None)
+        folder = Workdir.at(workdir)
+        speaker()(describe(program, corpus, folder), flush=True)
         heldout = HeldOut(program)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
-        tensorboard = folder.tensorboard if config.logging.tensorboard else None
         try:
             state = fit(
                 program,
                 checkpoints,
-                telemetry=lambda step: Telemetry(folder.metrics, config.train.steps, step, tensorboard),
-                batches=lambda data_index: data.read_ahead(config, data_index),
+                telemetry=lambda step: report(config, folder, step),
+                batches=lambda data_index: data.read_ahead(config, data_index, program.rows),
                 evaluate=lambda params, step: {"heldout_loss": heldout.score(params).loss},
             )
         finally:
             checkpoints.close()
         return finish(program, corpus, folder, heldout, state)
+
+
+def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:
+    """What a run says from this step on; of several processes the first speaks."""
+    if not processes.is_first():
+        return Silence()
+    tensorboard = folder.tensorboard if config.logging.tensorboard else None
+    return Telemetry(folder.metrics, config.train.steps, step, tensorboard)
 
 
 def use_compilation_cache() -> None:
@@ -83,41 +98,50 @@ class HeldOut:
 
     def _score_all(self, params: dict) -> Perplexity:
         config = self._program.config
-        batches = data.heldout_batches(config, config.evaluation.max_rows)
-        with jax.set_mesh(self._program.mesh):
+        batches = data.heldout_batches(config, config.evaluation.max_rows, self._program.rows)
+        with self._program.on_mesh():
             return perplexity(lambda batch: self._score(params, self._program.put(batch)), batches)
 
 
 def finish(
     program: Program, corpus: data.Corpus, folder: Workdir, heldout: HeldOut, state: TrainState
 ) -> dict[str, Any]:
-    """Held-out loss, its yardstick, the loss curve and a sample: printed, and written to evaluation/."""
-    config = program.config
+    """Held-out loss, its yardstick, the loss curve and a sample: printed, and written to evaluation/.
+
+    All processes compute; the first one says and writes what came of it.
+    """
+    config, say = program.config, speaker()
     result: dict[str, Any] = {"step": int(state.step), "parameters": count_parameters(program.blueprint.shapes)}
     scored = data.heldout_documents(config, config.evaluation.max_rows)
     baselines = {}
     anything = scored.tokens.size > len(scored)  # a document's first token is not predicted
     if anything:
-        print(f"scoring {scored.tokens.size:,} held-out tokens", flush=True)
+        say(f"scoring {scored.tokens.size:,} held-out tokens", flush=True)
         score = heldout.score(state.params)
         result |= {"loss": score.loss, "bits_per_token": score.bits_per_token, "tokens": score.tokens}
         unit = "byte" if config.data.tokenizer == "bytes" else "token"
-        print(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
+        say(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
     else:
-        print("nothing of this corpus is held out, so there is no held-out loss")
+        say("nothing of this corpus is held out, so there is no held-out loss")
     if anything and config.data.tokenizer == "bytes":
         train, start = corpus.train, config.data.start_token
         bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets, start)
         baselines["byte bigram"] = result["bigram_bits_per_token"] = bigram
-        print(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
+        say(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
         lead = bigram - result["bits_per_token"]
-        print(f" (the model is {abs(lead):.3f} {'below' if lead >= 0 else 'above'})")
-    write_json(folder.evaluation / "heldout.json", result)
-    points = {result["step"]: result["bits_per_token"]} if anything else {}
-    plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
-    print(f"loss curve: {folder.evaluation / 'heldout.png'}")
+        say(f" (the model is {abs(lead):.3f} {'below' if lead >= 0 else 'above'})")
+    if processes.is_first():
+        write_json(folder.evaluation / "heldout.json", result)
+        points = {result["step"]: result["bits_per_token"]} if anything else {}
+        plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
+    say(f"loss curve: {folder.evaluation / 'heldout.png'}")
     show_sample(program, folder, state, scored if len(scored) else corpus.train)
     return result
+
+
+def speaker() -> Callable[..., None]:
+    """`print` on the first process; what says nothing on the others."""
+    return print if processes.is_first() else lambda *_, **__: None
 
 
 def show_sample(program: Program, folder: Workdir, state: TrainState, documents: data.Documents) -> None:
@@ -127,11 +151,13 @@ def show_sample(program: Program, folder: Workdir, state: TrainState, documents:
     model = program.blueprint.model(state.params)
 
     def write() -> bytes:
-        with jax.set_mesh(program.mesh):
+        with program.on_mesh():
             tokens = generate(model, prompt[None], SAMPLE, temperature=0.8, top_p=0.95, seed=program.config.train.seed)
             return tokenizer.decode([*prompt, *(int(token[0]) for token in tokens)])
 
     text = run_interruptible(write)
+    if not processes.is_first():
+        return
     write_bytes(folder.evaluation / "sample.txt", text)
     print(f"a sample, after the first {len(prompt)} tokens of {documents.names[0]}:\n")
     readable = (

@@ -6,27 +6,37 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lcx.cli.flags import CONFIG, WORKDIR, parse, read_config
+from lcx.cli.flags import CONFIG, WORKDIR, Flag, parse, read_config
 from lcx.training import preemption  # the standard library alone: signals are caught before the heavy imports
 
 if TYPE_CHECKING:
     from lcx.config import Config
 
 SUMMARY = "Trains a model. The same command with the same workdir goes on where the run was."
+DRY_RUN = Flag("dry_run", "print how each parameter is laid out over the mesh, and train nothing", bool, False)
 INTERRUPTED = 75  # what a scheduler takes as: start me again
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code. An interrupted run is saved and ends the process with 75."""
-    values = parse("train", SUMMARY, [CONFIG, WORKDIR], argv)
+    values = parse("train", SUMMARY, [CONFIG, WORKDIR, DRY_RUN], argv)
     config = read_config(values)
+    if values.dry_run:
+        from lcx.cli.dry_run import layout  # takes seconds: JAX, flax
+
+        print(layout(config))
+        return 0
     preemption.install()
     try:
         train(config, values.workdir)
     except preemption.Interrupted:
+        from lcx.parallel import processes
+
         command = shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)
-        print(f"Interrupted; all steps are saved. To go on, give the same command:\n  {command}", flush=True)
+        if processes.is_first():
+            print(f"Interrupted; all steps are saved. To go on, give the same command:\n  {command}", flush=True)
         sys.stderr.flush()
+        processes.leave()
         os._exit(INTERRUPTED)  # a compilation may still be running in a thread, and would be waited for
     return 0
 

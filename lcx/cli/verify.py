@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from lcx.cli.flags import CONFIG, Flag, parse, read_config
-from lcx.config import Config, MeshConfig
+from lcx.config import MESH_AXES, Config, MeshConfig
 from lcx.errors import UserError, suggest
 from lcx.files import write_json
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     values = parse("verify", SUMMARY, FLAGS, argv)
     config = Config.from_dict(read_config(values))
-    config = replace(config, mesh=parse_mesh(values.mesh))
+    config = replace(config, mesh=parse_mesh(values.mesh, config.mesh))
     folder = epath.Path(values.workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
@@ -53,9 +53,12 @@ def main(argv: Sequence[str]) -> int:
     return 0 if certificate["passed"] else 1
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """The mesh that "data=2,seq=4" describes. Raises UserError for what cannot be read, and an unknown axis."""
-    sizes = dict.fromkeys(MeshConfig.__dataclass_fields__, 1)
+def parse_mesh(text: str, rules: MeshConfig | None = None) -> MeshConfig:
+    """The mesh that "data=2,seq=4" describes, with the rules of another one.
+
+    Raises UserError for what cannot be read, and an unknown axis.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
     given = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*0*([1-9]\d*)\s*", part)
@@ -68,7 +71,7 @@ def parse_mesh(text: str) -> MeshConfig:
             raise UserError(f"--mesh: {axis} is given twice.")
         given.add(axis)
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return replace(rules or MeshConfig(), **sizes)
 
 
 def make_cpu_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
@@ -76,7 +79,7 @@ def make_cpu_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
 
     Raises UserError for more devices than are there or can be.
     """
-    count = math.prod(vars(config).values())
+    count = math.prod(getattr(config, axis) for axis in MESH_AXES)
     if count > MOST_DEVICES:
         raise UserError(
             f"--mesh: {count} devices are more than the {MOST_DEVICES} that verify makes of a CPU; certify a smaller "

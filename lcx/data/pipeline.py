@@ -87,20 +87,22 @@ def heldout_documents(config: Config | Mapping, max_rows: int = 0) -> Documents:
     return Documents(np.concatenate(pieces), offsets, tuple(names))
 
 
-def heldout_batches(config: Config | Mapping, max_rows: int = 0) -> Iterator[Batch]:
+def heldout_batches(config: Config | Mapping, max_rows: int = 0, rows: Sequence[int] | None = None) -> Iterator[Batch]:
     """One pass over the held-out documents, in order, in full batches; nothing is yielded if nothing is held out.
 
     Each token but a document's first is a target of weight 1 exactly once. The last row is padded (segment 0, weight
-    0), and the last batch with rows of padding. max_rows: score this many rows, at equal distances; 0 = all.
+    0), and the last batch with rows of padding. max_rows: score this many rows, at equal distances; 0 = all. rows: as
+    of `batch`, in each batch.
     """
     config = _as_config(config)
     documents = training_corpus(config).heldout
     length, stride, batch_size = config.train.sequence_length, _stride(config), config.train.batch_size
     total = documents.tokens.size
     unshuffled = Slots(np.arange(len(documents)), documents.offsets[:-1])
-    rows = heldout_rows(documents, stride, max_rows)
-    beyond = -(-total // stride) + np.arange(-len(rows) % batch_size)  # rows of padding that fill the last batch
-    for row_index in np.concatenate([rows, beyond]).reshape(-1, batch_size):
+    scored = heldout_rows(documents, stride, max_rows)
+    beyond = -(-total // stride) + np.arange(-len(scored) % batch_size)  # rows of padding that fill the last batch
+    wanted = slice(None) if rows is None else np.asarray(rows, np.int64)
+    for row_index in np.concatenate([scored, beyond]).reshape(-1, batch_size)[:, wanted]:
         places = cut_places(row_index, length, stride)
         tokens, first = read_slots(documents, unshuffled, np.minimum(places, total - 1))
         padding = places >= total
@@ -109,24 +111,26 @@ def heldout_batches(config: Config | Mapping, max_rows: int = 0) -> Iterator[Bat
         yield make_batch(tokens, first, padding, row_index, config.data.start_token)
 
 
-def read_ahead(config: Config | Mapping, start_index: int = 0) -> Iterator[tuple[int, Batch]]:
-    """(data_index, batch) for data_index = start_index, start_index + 1, ... without end.
+def read_ahead(
+    config: Config | Mapping, start_index: int = 0, rows: Sequence[int] | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """(data_index, batch) for data_index = start_index, start_index + 1, ... without end; rows as of `batch`.
 
     data.workers threads read ahead, 0 reads in line; the batches are the same. The corpus is loaded before this
     returns, so that its UserErrors come at once. Close the generator, or drop it, to stop the threads.
     """
     config = _as_config(config)
     training_corpus(config)
-    return _read_ahead(config, start_index)
+    return _read_ahead(config, start_index, rows)
 
 
-def _read_ahead(config: Config, start_index: int) -> Iterator[tuple[int, Batch]]:
+def _read_ahead(config: Config, start_index: int, rows: Sequence[int] | None) -> Iterator[tuple[int, Batch]]:
     import grain  # takes a second, which only training should pay
 
     # Threads: worker processes outlive a killed parent. More threads or a longer buffer than this gains nothing.
     options = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
     indices = grain.MapDataset.range(start_index, sys.maxsize)
-    reader = iter(indices.map(lambda index: (index, batch(config, index))).to_iter_dataset(options))
+    reader = iter(indices.map(lambda index: (index, batch(config, index, rows))).to_iter_dataset(options))
     try:
         yield from reader
     finally:

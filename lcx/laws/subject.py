@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from lcx.config import ModelConfig
 from lcx.mixers import Context, Mixer, ModelDims
 from lcx.models import LanguageModel
-from lcx.parallel.sharding import divisible_spec, parameter_shardings
+from lcx.parallel.sharding import DEFAULT_RULES, Rules, divisible_spec, on_mesh, parameter_shardings
 from lcx.params import create, declarations
 
 
@@ -46,6 +46,7 @@ class Subject:
     positive: Callable[[tuple], bool] = lambda path: False  # of a leaf of the state: it holds no negative numbers
     declared: dict | None = None  # the parameters' `Declaration`s, from which their layout on a mesh follows
     mesh: Mesh | None = None
+    rules: Rules = DEFAULT_RULES
     _compiled: dict = field(default_factory=dict, compare=False)
 
     def pull(self, x: np.ndarray, state: Any, context: Context, dy: np.ndarray, dstate: Any = None) -> Pull:
@@ -56,22 +57,22 @@ class Subject:
           state: the state before the chunk, or None.
           dstate: the cotangent of the state after it; None is zero.
         """
-        if "pull" not in self._compiled:
-            self._compiled["pull"] = jax.jit(self._pull)
+        rules = repr(self.rules)  # JAX compiles anew for another mesh, but knows nothing of rules
+        pull = self._compiled.setdefault(rules, jax.jit(self._pull))
         if dstate is None:  # zeros rather than another program
             dstate = jax.tree.map(np.zeros_like, state)
         if self.mesh is None:
-            return Pull(*jax.device_get(self._compiled["pull"](self.params, x, state, context, dy, dstate)))
+            return Pull(*jax.device_get(pull(self.params, x, state, context, dy, dstate)))
         tokens, states = ("batch", "time"), (None,) * self.batch_axis + ("batch",)
         places = zip((x, state, context, dy, dstate), (tokens, states, tokens, tokens, states), strict=True)
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh, self.rules):
             arguments = [self._placed(tree, axes) for tree, axes in places]
-            return Pull(*jax.device_get(self._compiled["pull"](self.params, *arguments)))
+            return Pull(*jax.device_get(pull(self.params, *arguments)))
 
-    def on(self, mesh: Mesh) -> Self:
+    def on(self, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Self:
         """The same subject on a mesh, with parameters and inputs laid out as in a run."""
-        shardings = parameter_shardings(self.params, self.declared, mesh)
-        return replace(self, mesh=mesh, params=jax.device_put(self.params, shardings))
+        shardings = parameter_shardings(self.params, self.declared, mesh, rules)
+        return replace(self, mesh=mesh, rules=rules, params=jax.device_put(self.params, shardings))
 
     def _placed(self, tree: Any, axes: tuple[str | None, ...]) -> Any:
         """Arrays on the mesh, by the logical axes that they begin with."""

@@ -24,6 +24,7 @@ from etils import epath
 
 from lcx.errors import UserError
 from lcx.files import is_local, read_json, sync, temporary_name, write_json
+from lcx.parallel import processes
 
 Tree = Any  # a pytree of arrays
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,21 +37,24 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder, written by one process."""
+    """The checkpoints of one run, in one folder that all of its processes see.
+
+    Each process writes the arrays that its devices hold; the first one commits, removes and judges for all, so the
+    methods are called by all of them in the same order.
+    """
 
     def __init__(self, folder: epath.PathLike, keep: int, say: Callable[[str], None] = print):
         """Cleans the folder of what a killed run left, then opens it.
 
         Args:
-          folder: made where it is not there. No other process may use it.
+          folder: made where it is not there. No other run may use it.
           keep: how many of the newest checkpoints stay.
           say: is told, in one sentence, of a checkpoint that is damaged.
         """
         self._folder = _absolute(folder)
         self._keep = keep
         self._say = say
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _remove_remnants(self._folder)
+        processes.on_first(self._open)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
@@ -105,17 +109,28 @@ class Checkpoints:
           UserError: the checkpoint is another model's (structure, a shape or a dtype differ).
         """
         self.wait()
+        step = processes.on_first(self._newest_whole)
+        return None if step is None else (step, _load(self._folder, step, abstract_state))
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _remove_remnants(self._folder)
+
+    def _newest_whole(self) -> int | None:
+        """The step of the newest checkpoint that is whole; damaged ones before it are set aside."""
         for step in reversed(self.steps()):
             damage = _damage(self._folder, step)
             if damage is None:
-                return step, _load(self._folder, step, abstract_state)
+                return step
             self._set_aside(step, damage)
         return None
 
     def _commit(self, step: int) -> None:
         """In the thread: waits for orbax, writes the manifest, then lets old checkpoints go."""
         with self._explaining(step):
-            self._orbax.wait_until_finished()
+            self._orbax.wait_until_finished()  # for all processes: orbax lets them wait for each other
+            if not processes.is_first():
+                return
             files = _files(self._folder / str(step))
             if is_local(self._folder):  # what the manifest states is on the disk before it
                 for path in [*files.values(), *{path.parent for path in files.values()}]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+DONE = object()  # what `run_interruptible` waits for
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,6 +31,7 @@ class Interruption:
 
     def __init__(self):
         self.signal_name: str | None = None
+        self.patient = False  # one of several processes: none may leave what all of them compute together
         self._waiting: queue.SimpleQueue | None = None  # its put is reentrant
 
     def is_set(self) -> bool:
@@ -70,6 +72,8 @@ def _handle(number: int, frame: Any) -> None:
 def run_interruptible(function: Callable[[], Result]) -> Result:
     """Runs `function()` in a thread and returns its result, or raises its exception, or `Interrupted` at a signal.
 
+    Where `interrupted.patient` is set a signal is left to whoever asks `interrupted` next.
+
     After `Interrupted` the thread goes on; leave by `os._exit`. Contexts that belong to a thread (JAX's ambient mesh,
     enabled x64) are entered inside `function`, not around this call.
     """
@@ -82,15 +86,16 @@ def run_interruptible(function: Callable[[], Result]) -> Result:
             outcome["result"] = function()
         except BaseException as error:
             outcome["error"] = error
-        waiting.put(None)
+        waiting.put(DONE)
 
     try:
-        if not interrupted.is_set():
+        if interrupted.patient or not interrupted.is_set():
             threading.Thread(target=run, name="interruptible", daemon=True).start()
-            waiting.get()
+            while waiting.get() is not DONE and interrupted.patient:
+                pass
     finally:
         interrupted._waiting = None
-    if interrupted.is_set():
+    if interrupted.is_set() and not interrupted.patient:
         raise Interrupted(interrupted.signal_name)
     if "error" in outcome:
         raise outcome["error"]

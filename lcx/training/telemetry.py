@@ -122,6 +122,21 @@ class Telemetry:
             self._tensorboard.add_histogram(name, np.asarray(array), step)
 
 
+class Silence:
+    """The reports of a process that another one speaks for."""
+
+    def advance(self, step: int) -> None: ...
+
+    def log(self, metrics: Mapping[str, Any], histograms: Mapping[str, np.ndarray] | None = None) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
 def cut_back(path: epath.PathLike, step: int) -> None:
     """Rewrites metrics.jsonl at `path`, if it is there, without the lines after `step` and without torn ones."""
     path = epath.Path(path)

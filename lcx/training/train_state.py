@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.config import Config
 from lcx.models import LanguageModel
-from lcx.parallel.sharding import parameter_shardings
+from lcx.parallel.sharding import Rules, parameter_shardings, rules_of
 from lcx.params import declarations, split
 
 
@@ -34,6 +34,7 @@ class Blueprint:
     graphdef: nnx.GraphDef
     shapes: dict  # ShapeDtypeStructs, as `params`
     declarations: dict
+    rules: Rules  # the mesh axes of the parameters' and activations' axes
 
     def model(self, params: dict) -> LanguageModel:
         """The model with these parameters."""
@@ -44,7 +45,9 @@ def blueprint(config: Config) -> Blueprint:
     """The abstract model of a config; costs no memory. Raises UserError for a model that cannot be built."""
     abstract = nnx.eval_shape(lambda: LanguageModel(config.model, nnx.Rngs(0)))
     graphdef, shapes = split(abstract)
-    return Blueprint(graphdef, shapes, declarations(abstract))
+    declared = declarations(abstract)
+    axes = {axis for leaf in jax.tree.leaves(declared) for axis in leaf.axes if axis}
+    return Blueprint(graphdef, shapes, declared, rules_of(config.mesh, axes))
 
 
 def abstract_state(plan: Blueprint, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
@@ -53,7 +56,7 @@ def abstract_state(plan: Blueprint, optimizer: optax.GradientTransformation, mes
     Optimizer statistics are sharded like their parameters; scalars are on every device.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = parameter_shardings(plan.shapes, plan.declarations, mesh)
+    shardings = parameter_shardings(plan.shapes, plan.declarations, mesh, plan.rules)
     opt_shapes = jax.eval_shape(optimizer.init, plan.shapes)
     opt_shardings = optax.tree.map_params(
         optimizer,

@@ -1,18 +1,20 @@
 """The loop: a run is a fold of `train_step` over batches, with reports and checkpoints on the side."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.config import Config
 from lcx.errors import UserError
-from lcx.parallel.mesh import batch_shards, make_mesh
-from lcx.parallel.sharding import activation_sharding
+from lcx.parallel import processes
+from lcx.parallel.mesh import make_mesh
+from lcx.parallel.sharding import Rules, activation_sharding, batch_shards, on_mesh, shards, spec
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.optimizers import make_optimizer
 from lcx.training.preemption import Interrupted, interrupted, run_interruptible
@@ -35,14 +37,35 @@ class Program:
     create: Callable[[], TrainState]
     step: Callable  # (state, batch) -> (state, metrics)
 
-    @property
+    @cached_property
     def batch_shardings(self) -> dict[str, NamedSharding]:
         """The sharding of each array of a batch."""
-        return {name: activation_sharding(axes, self.mesh) for name, axes in BATCH_AXES.items()}
+        return {name: activation_sharding(axes, self.mesh, self.blueprint.rules) for name, axes in BATCH_AXES.items()}
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The rows of a batch that this process has to read, int64, ascending: those that its devices hold."""
+        count = self.config.train.batch_size
+        pieces = self.batch_shardings["row_index"].addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[piece] for piece in pieces]))
 
     def put(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """A batch on the devices."""
-        return jax.device_put(batch, self.batch_shardings)
+        """A batch on the devices, from those of its rows that `rows` names."""
+
+        def place(name: str, local: np.ndarray) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(self.config.train.batch_size)
+                first = np.searchsorted(self.rows, start)
+                return local[(slice(first, first + stop - start), *index[1:])]
+
+            shape = (self.config.train.batch_size, *local.shape[1:])
+            return jax.make_array_from_callback(shape, self.batch_shardings[name], piece)
+
+        return {name: place(name, local) for name, local in batch.items()}
+
+    def on_mesh(self) -> AbstractContextManager:
+        """Where programs over the run's arrays are traced: its mesh and its rules, in this thread."""
+        return on_mesh(self.mesh, self.blueprint.rules)
 
 
 BATCH_AXES = {name: ("batch", "time") for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")} | {
@@ -50,32 +73,35 @@ BATCH_AXES = {name: ("batch", "time") for name in ("tokens", "targets", "segment
 }
 
 
-def make_program(config: Config, chips: Sequence[jax.Device] | None = None) -> Program:
-    """Builds the model abstractly on the mesh of these devices, None for all that are visible.
+def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
+    """Builds the model abstractly, on the config's mesh over all visible devices or on another one.
 
+    A mesh of devices that are not here, or of none (an AbstractMesh), serves to lower the step, or to look at it.
     Raises UserError for what cannot be trained.
     """
     plan = blueprint(config)
-    mesh = make_mesh(config.mesh, chips)
-    check_batch(config, mesh)
+    mesh = mesh or make_mesh(config.mesh)
+    check_batch(config, mesh, plan.rules)
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
     abstract = abstract_state(plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
     return Program(config, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
 
 
-def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
     """Raises UserError where a batch does not divide over the mesh."""
-    rows, pieces = config.train.batch_size, batch_shards(mesh) * config.train.accumulate
-    if rows % pieces:
+    rows, shared, accumulate = config.train.batch_size, batch_shards(mesh, rules), config.train.accumulate
+    if rows % (shared * accumulate):
+        axes = " times ".join(f"mesh.{axis}" for axis in rules.activations["batch"])
         raise UserError(
-            f"train.batch_size={rows} does not divide over {batch_shards(mesh)} devices (mesh.data times mesh.fsdp) "
-            f"and train.accumulate={config.train.accumulate}; make it a multiple of {pieces}."
+            f"train.batch_size={rows} does not divide over {shared} devices ({axes}) "
+            f"and train.accumulate={accumulate}; make it a multiple of {shared * accumulate}."
         )
-    if config.train.sequence_length % mesh.shape["seq"]:
+    length, pieces = config.train.sequence_length, shards(spec(("time",), rules.activations, mesh)[0], mesh)
+    if length % pieces:
+        axes = " times ".join(f"mesh.{axis}" for axis in rules.activations["time"])
         raise UserError(
-            f"train.sequence_length={config.train.sequence_length} does not divide over mesh.seq={mesh.shape['seq']}; "
-            "make it a multiple of that."
+            f"train.sequence_length={length} does not divide over {axes}={pieces}; make it a multiple of that."
         )
 
 
@@ -92,8 +118,10 @@ def lower_step(program: Program) -> jax.stages.Lowered:
         for name, shape in shapes.items()
     }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
-    with jax.set_mesh(program.mesh):
-        return jax.jit(program.step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.abstract, batch)
+    everywhere = NamedSharding(program.mesh, PartitionSpec())  # metrics: every process reads them
+    with program.on_mesh():
+        step = jax.jit(program.step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        return step.lower(program.abstract, batch)
 
 
 def fit(
@@ -112,7 +140,8 @@ def fit(
       batches: reads batches from a data_index on.
       evaluate: (parameters, step) to scalars for the step's line of metrics; called every evaluation.every steps.
 
-    Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop.
+    Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
+    of several processes all stop after the same step.
     """
     config = program.config
     restored = checkpoints.restore(program.abstract)
@@ -126,7 +155,8 @@ def fit(
             report.say(f"going on from step {step}")
         log = _StepLog(config, report, step)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
-        while step < config.train.steps and not interrupted.is_set():
+        stopped = processes.any_asks(program.mesh, interrupted.is_set)
+        while step < config.train.steps and not stopped():
             data_index, batch = next(reader)
             state, metrics = train_step(state, program.put(batch))
             if late:
@@ -144,7 +174,7 @@ def fit(
             checkpoints.save(step, state)
         checkpoints.wait()
     if step < config.train.steps:
-        raise Interrupted(interrupted.signal_name)
+        raise Interrupted(interrupted.signal_name or "another process was asked to stop")
     return state
 
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from etils import epath
 
@@ -29,6 +29,11 @@ class Workdir:
     """Where a run keeps its things."""
 
     path: epath.Path
+
+    @classmethod
+    def at(cls, path: epath.PathLike) -> Self:
+        """The workdir there, which need not exist yet."""
+        return cls(epath.Path(path).resolve())
 
     @property
     def config(self) -> epath.Path:
@@ -65,7 +70,7 @@ def open_workdir(path: epath.PathLike, config: Mapping[str, Any], fingerprints: 
     """
     if not is_local(path):
         raise UserError(f"the workdir {path} is on object storage, which cannot be locked: use a local folder.")
-    workdir = Workdir(epath.Path(path).resolve())
+    workdir = Workdir.at(path)
     with ExitStack() as stack:
         try:
             workdir.path.mkdir(parents=True, exist_ok=True)

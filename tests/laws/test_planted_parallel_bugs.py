@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from lcx.cli.certify import certify
-from lcx.config import Config, MeshConfig, default_config
+from lcx.config import MESH_AXES, Config, default_config
 from lcx.mixers import attention, convolution, infini, mamba, mamba2, sinks
 from lcx.parallel import kernels, memory, ring, sequence
 from lcx.parallel.mesh import make_mesh
@@ -55,7 +55,7 @@ def config(pattern: str, sizes: dict) -> Config:
 def broken(pattern: str, sizes: dict) -> set[str]:
     """The trials of verify that do not hold."""
     tried = config(pattern, sizes)
-    mesh = make_mesh(MeshConfig(**vars(tried.mesh)), jax.devices()[: math.prod(vars(tried.mesh).values())])
+    mesh = make_mesh(tried.mesh, jax.devices()[: math.prod(getattr(tried.mesh, axis) for axis in MESH_AXES)])
     certificate = certify(tried, mesh, lambda finding: None)
     assert all(finding["error"] is None for finding in certificate["laws"]), certificate["laws"]
     return {f"{finding['law']}: {finding['compared']}" for finding in certificate["laws"] if not finding["passed"]}

@@ -13,7 +13,8 @@ from lcx.config import Config, MeshConfig, load_config
 from lcx.laws.shrink import shrink
 from lcx.laws.trials import trial_chunk
 from lcx.mixers import MIXERS, find_mixer
-from lcx.parallel.mesh import batch_shards, make_mesh
+from lcx.parallel.mesh import make_mesh
+from lcx.parallel.sharding import batch_shards
 
 MIXED = {"data": 2, "seq": 2, "tensor": 2}
 MESHES = [

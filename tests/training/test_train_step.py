@@ -1,6 +1,6 @@
 """The train step: one token-weighted loss, however the batch is cut, accumulated or placed on a mesh."""
 
-import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcx.config import Config, load_config
+from lcx.config import MESH_AXES, Config, load_config
 from lcx.errors import UserError
 from lcx.laws.measure import deviation
 from lcx.models import LanguageModel
 from lcx.models.cross_entropy import token_losses
+from lcx.parallel.mesh import make_mesh
 from lcx.params import create
 from lcx.training.train_step import batch_hash, collect, histograms
 from lcx.training.trainer import make_program
@@ -65,9 +66,9 @@ def batch() -> dict[str, np.ndarray]:
 
 def one_step(config: Config, batch: dict) -> tuple[dict, dict]:
     """Parameters and metrics after one step, on the mesh of the config, over as many devices as it names."""
-    count = int(np.prod([size for size in dataclasses.astuple(config.mesh)]))
-    program = make_program(config, jax.devices()[:count])
-    with jax.set_mesh(program.mesh):
+    count = math.prod(getattr(config.mesh, axis) for axis in MESH_AXES)
+    program = make_program(config, make_mesh(config.mesh, jax.devices()[:count]))
+    with program.on_mesh():
         state, metrics = jax.jit(program.step)(program.create(), program.put(batch))
     return jax.device_get(state.params), jax.device_get(metrics)
 
