@@ -2,22 +2,26 @@
 # requirements.lock; it is filled again when the lock or pyproject.toml changes.
 
 PYTHON ?= python3
-# make aot AOT="aot and not slow": some of the sizes
+# make aot AOT="aot and not slow", make meshes MESHES="mesh and not slow": what .ci/run takes of them
 AOT ?= aot
+MESHES ?= mesh
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills parity interpret aot bench clean
+.PHONY: quickstart test lint format drills meshes parity interpret aot bench clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-test  ## the tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot and not mesh"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot and not mesh"
+
+meshes: .venv/installed-test  ## every mixer and family on every mesh, against one device, and runs of fifty steps
+	$(BIN)/pytest -n 2 --dist worksteal -m "$(MESHES)"
 
 aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m "$(AOT)" tests/aot

@@ -28,3 +28,17 @@ settings.register_profile(
     "lcx", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lcx")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest deviation of each kind that tests have recorded: what was compared, in which dtype, how far it is."""
+    worst = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "deviation":
+                what, dtype, found = value
+                worst[what, dtype] = max(worst.get((what, dtype), 0.0), found)
+    if worst:
+        terminalreporter.section("largest deviations")
+    for (what, dtype), found in sorted(worst.items()):
+        terminalreporter.write_line(f"{what}, {dtype}: {found:.1e}")

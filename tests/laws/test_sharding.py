@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import Mesh
 
 from lcx import laws
-from lcx.cli.certify import with_dtype
-from lcx.config import Config, MeshConfig, load_config
+from lcx.cli.certify import training, with_dtype
+from lcx.config import MESH_AXES, Config, MeshConfig, load_config
 from lcx.laws.shrink import shrink
 from lcx.laws.trials import trial_chunk
 from lcx.mixers import MIXERS, find_mixer
@@ -36,13 +36,9 @@ FAMILIES = ["transformer", "mamba", "mamba2", "samba", "infini", "sink", "infini
 FAMILIES += ["sink:form=zero,window=5", "sink:form=token,window=5", "samba:pattern=two-windows"]
 
 
-def name_of(mesh: dict) -> str:
-    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
-
-
 def cut(sizes: dict) -> Mesh:
     """A mesh of the first devices."""
-    whole = dict.fromkeys(("data", "fsdp", "seq", "tensor"), 1) | sizes
+    whole = dict.fromkeys(MESH_AXES, 1) | sizes
     return make_mesh(MeshConfig(**whole), jax.devices()[: math.prod(whole.values())])
 
 
@@ -54,10 +50,14 @@ def mixer_subject(name: str, variant: str, dtype: str) -> laws.Subject:
 
 @cache
 def family_subject(family: str, tensor: int, dtype: str) -> laws.Subject:
+    return laws.stack_subject(family, family_config(family, {"fsdp": 8, "tensor": tensor}, dtype).model)
+
+
+def family_config(family: str, sizes: dict, dtype: str) -> Config:
+    """A family made small, for a mesh."""
     file, _, options = family.partition(":")
     config = with_dtype(Config.from_dict(load_config(f"configs/{file}.py:{options}")), dtype)
-    sizes = {"data": 1, "fsdp": 8, "seq": 1, "tensor": tensor}
-    return laws.stack_subject(family, shrink(config, sizes, lambda config: None).model)
+    return shrink(config, dict.fromkeys(MESH_AXES, 1) | sizes, lambda config: None)
 
 
 def mesh_for(options: dict, sizes: dict) -> Mesh:
@@ -69,36 +69,64 @@ def mesh_for(options: dict, sizes: dict) -> Mesh:
     return cut(sizes)
 
 
-def check(subject: laws.Subject, mesh: Mesh, time: int, seed: int = 0) -> None:
-    """From states that hold tokens and from none; the last shard of rows is all padding."""
+def check(subject: laws.Subject, mesh: Mesh, time: int, seed: int = 0) -> float:
+    """The largest deviation, from states that hold tokens and from none; the last shard of rows is all padding."""
     rows = batch_shards(mesh) * max(1, 6 // batch_shards(mesh))
     chunk = trial_chunk(subject, time, rows, batch_shards(mesh), seed)
-    for tried in (chunk, laws.from_nothing(subject, chunk)):
-        found = laws.sharding(subject, tried, mesh)
+    deviations = [laws.sharding(subject, tried, mesh) for tried in (chunk, laws.from_nothing(subject, chunk))]
+    for found in deviations:
         assert found.value <= laws.TOLERANCE[subject.dtype], found
+    return max(found.value for found in deviations)
 
 
-@pytest.mark.parametrize("name, variant", [case for case in MIXER_EXAMPLES if case != ("infini", "linear")])
-def test_mixers_on_a_mixed_mesh(name, variant):
+QUICK = [("attention", "sink_tokens"), ("mamba", "normed"), (USER_MIXER, "default")]  # of `make test`
+
+
+def grid(subjects: list, first: int = 0) -> list:
+    """Every subject on every mesh; those that `.ci/run` leaves to `make meshes` are slow: it takes one mesh of each."""
+    return [
+        pytest.param(subject, mesh, marks=[] if (row + first) % len(MESHES) == column else [pytest.mark.slow])
+        for row, subject in enumerate(subjects)
+        for column, mesh in enumerate(MESHES)
+    ]
+
+
+@pytest.mark.parametrize("subject", [case for case in MIXER_EXAMPLES if case in QUICK], ids="-".join)
+def test_mixers_on_a_mixed_mesh(subject):
+    name, variant = subject
     with jax.enable_x64(True):
         mesh = mesh_for(find_mixer(name).examples[variant], MIXED)
         check(mixer_subject(name, variant, "float64"), mesh, time=16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name, variant", MIXER_EXAMPLES)
-def test_mixers_on_every_mesh(name, variant, dtype, mesh):
+@pytest.mark.mesh
+@pytest.mark.parametrize("subject, mesh", grid(MIXER_EXAMPLES), ids=str)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_mixers_on_every_mesh(subject, dtype, mesh, record_property):
+    name, variant = subject
     time = 30 if mesh.get("seq") == 5 else 32  # of the second, shards have an odd number of tokens
     with jax.enable_x64(dtype == "float64"):
         mesh = mesh_for(find_mixer(name).examples[variant], mesh)
-        check(mixer_subject(name, variant, dtype), mesh, time, seed=1)
+        found = check(mixer_subject(name, variant, dtype), mesh, time, seed=1)
+    record_property("deviation", ("outputs, states, gradients of mixers", dtype, found))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_on_every_mesh(family, mesh):
-    with jax.enable_x64(True):
-        check(family_subject(family, mesh.get("tensor", 1), "float64"), cut(mesh), 30 if mesh.get("seq") == 5 else 32)
+@pytest.mark.mesh
+@pytest.mark.parametrize("family, mesh", grid(FAMILIES), ids=str)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_families_on_every_mesh(family, dtype, mesh, record_property):
+    with jax.enable_x64(dtype == "float64"):
+        time = 30 if mesh.get("seq") == 5 else 32
+        found = check(family_subject(family, mesh.get("tensor", 1), dtype), cut(mesh), time)
+    record_property("deviation", ("outputs, states, gradients of families", dtype, found))
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("family, mesh", grid(FAMILIES, first=3), ids=str)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_training_on_every_mesh(family, dtype, mesh, record_property):
+    """The trainer's loss and the gradient of every parameter, embedding and head included."""
+    with jax.enable_x64(dtype == "float64"):
+        found = training(family_config(family, mesh, dtype), cut(mesh))
+    assert found.value <= laws.TOLERANCE[dtype], found
+    record_property("deviation", ("loss and gradients of training", dtype, found.value))
