@@ -91,6 +91,7 @@ class HeldOut:
     def __init__(self, program: Program):
         self._program = program
         self._score = jax.jit(make_score(program.blueprint.model, program.config.train.loss_chunk_size))
+        self._compiled: Callable | None = None
 
     def score(self, params: dict) -> Perplexity:
         """In a thread, so that a signal is noticed at once; then it raises Interrupted."""
@@ -100,7 +101,13 @@ class HeldOut:
         config = self._program.config
         batches = data.heldout_batches(config, config.evaluation.max_rows, self._program.rows)
         with self._program.on_mesh():
-            return perplexity(lambda batch: self._score(params, self._program.put(batch)), batches)
+            return perplexity(lambda batch: self._call(params, self._program.put(batch)), batches)
+
+    def _call(self, params: dict, batch: dict[str, jax.Array]) -> tuple:
+        if self._compiled is None:
+            self._compiled = self._score.lower(params, batch).compile()
+            processes.meet()
+        return self._compiled(params, batch)
 
 
 def finish(

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from lcx.errors import UserError
 
@@ -20,6 +22,8 @@ COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX
 CLUSTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 
+_meetings = itertools.count()
+
 
 def join() -> None:
     """Joins the run's other processes, where the environment names any; to be called before JAX is used.
@@ -28,6 +32,7 @@ def join() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `training.preemption`
     named = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
     if any(named.values()):
         missing = " and ".join(name for name, value in named.items() if not value)
@@ -96,6 +101,17 @@ def check_same(facts: Mapping[str, Any]) -> None:
                 f"process {different[0]} of {len(everyones)} has another {name} than process 0: "
                 "start all of them with the same command, code and data."
             )
+
+
+def meet(limit: int = 3600) -> None:
+    """Returns when all processes are here, within `limit` seconds.
+
+    One of them may find a program in its cache that another one compiles for minutes, and some collectives give up
+    when the others are half a minute late: so all meet before they run what they have compiled.
+    """
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes(f"lcx/{next(_meetings)}", timeout=limit, processes=everyone)
 
 
 def any_asks(mesh: jax.sharding.Mesh, asks: Callable[[], bool]) -> Callable[[], bool]:

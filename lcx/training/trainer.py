@@ -150,6 +150,7 @@ def fit(
     if step >= config.train.steps:
         return state
     train_step = run_interruptible(lambda: lower_step(program).compile())
+    processes.meet()
     with telemetry(step) as report, closing(batches(int(state.data_index))) as reader:
         if step:
             report.say(f"going on from step {step}")
