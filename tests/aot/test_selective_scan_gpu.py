@@ -189,9 +189,7 @@ def test_needs_of_each_kernel(size, capability, record_property):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("state", "dtype"), [(1, "bfloat16"), (64, "bfloat16"), (128, "float32"), (16, "float64")]
-)
+@pytest.mark.parametrize(("state", "dtype"), [(1, "bfloat16"), (64, "bfloat16"), (128, "float32"), (16, "float64")])
 def test_needs_of_other_states(state, dtype, record_property):
     with jax.enable_x64(dtype == "float64"):
         _, launches = trace(2, 8192, 1536, jnp.dtype(dtype), state)
