@@ -1,4 +1,4 @@
-"""The public function: checks the arguments, picks the backend, folds in the sinks."""
+"""The public functions: they check arguments, pick the backend, fold in the sinks."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,64 @@ def attention(
       ValueError: shapes, dtypes or options that do not fit together.
       BackendUnavailable: the backend named cannot run here, or cannot do this.
     """
-    _check_arrays(q, k, v, sinks)
+    _check_sinks(q, sinks)
+    arguments, static = _call(q, k, v, causal, window, segment_ids, positions, offset, scale, softcap, chunk_size)
+    out, log_sum_exp = BACKENDS[choose(backend, arguments, static)].run(arguments, static)
+    if sinks is not None:
+        out = fold_sinks(out, log_sum_exp, sinks)
+    return out.astype(q.dtype), log_sum_exp
+
+
+def attention_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_sum_exp: jax.Array,
+    d_out: jax.Array,
+    delta: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Pair | None = None,
+    positions: Pair | None = None,
+    offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of an attention of whose keys those given are a part, or all, without its forward pass.
+
+    The whole's log-sum-exp gives each weight of the whole softmax, so parts need nothing of each other: over parts
+    that make up the whole, the dq are summed, the dk and dv put side by side. Dao et al. 2022, FlashAttention,
+    algorithm 4; Liu et al. 2023, arXiv 2310.01889.
+
+    Args:
+      q, k, v and options: as of `attention`, of the part.
+      log_sum_exp: of the whole, [batch, time, heads], at least float32, without the sink.
+      d_out: the gradient of the whole's out, [batch, time, heads, V], floating. Where a sink was folded in, of the out
+        before it.
+      delta: sum(out * d_out, axis=-1) - d_log_sum_exp, with out and the gradient of the log-sum-exp of the whole;
+        [batch, time, heads], at least float32.
+
+    Returns: (dq, dk, dv) in the shapes and the dtype of q, k and v. A query whose log_sum_exp says that it sees no key
+      gives and receives exactly 0.
+
+    Raises: as `attention`.
+    """
+    arguments, static = _call(q, k, v, causal, window, segment_ids, positions, offset, scale, softcap, chunk_size)
+    rows, wide = q.shape[:3], jnp.promote_types(q.dtype, jnp.float32)
+    shapes = {"log_sum_exp": (log_sum_exp, rows), "d_out": (d_out, (*rows, v.shape[3])), "delta": (delta, rows)}
+    for name, (array, shape) in shapes.items():
+        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating {list(shape)}, got {array.dtype}{list(array.shape)}")
+    gradients = BACKENDS[choose(backend, arguments, static)].gradients
+    return gradients(arguments, static, log_sum_exp.astype(wide), d_out, delta.astype(wide))
+
+
+def _call(q, k, v, causal, window, segment_ids, positions, offset, scale, softcap, chunk_size):
+    """The checked (`Arguments`, `Static`) of a call."""
+    _check_arrays(q, k, v)
     for name, value in (("window", window), ("chunk_size", chunk_size), ("softcap", softcap)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive or None, got {value}")
@@ -87,13 +144,8 @@ def attention(
         offset = 0  # alignment hides nothing
     if segment_ids is not None:
         segments = _pair("segment_ids", segment_ids, batch, time, keys)
-    arguments = Arguments(q, k, v, *indices, *segments)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    static = Static(causal, window, offset, scale, softcap, chunk_size)
-    out, log_sum_exp = BACKENDS[choose(backend, arguments, static)].run(arguments, static)
-    if sinks is not None:
-        out = fold_sinks(out, log_sum_exp, sinks)
-    return out.astype(q.dtype), log_sum_exp
+    return Arguments(q, k, v, *indices, *segments), Static(causal, window, offset, scale, softcap, chunk_size)
 
 
 def fold_sinks(out: jax.Array, log_sum_exp: jax.Array, sinks: jax.Array) -> jax.Array:
@@ -106,7 +158,12 @@ def fold_sinks(out: jax.Array, log_sum_exp: jax.Array, sinks: jax.Array) -> jax.
     return out * share[..., None]
 
 
-def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> None:
+def _check_sinks(q: jax.Array, sinks: jax.Array | None) -> None:
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks must be [heads] = {list(q.shape[2:3])}, got {list(sinks.shape)}")
+
+
+def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating with 4 axes, got {array.dtype}{list(array.shape)}")
@@ -120,8 +177,6 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | N
         )
     if heads % k.shape[2]:
         raise ValueError(f"the {k.shape[2]} key and value heads must divide the {heads} query heads")
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks must be [heads] = [{heads}], got {list(sinks.shape)}")
 
 
 def _pair(name: str, value: Pair, batch: int, time: int, keys: int) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Arguments(NamedTuple):
@@ -34,3 +35,13 @@ class Static(NamedTuple):
     scale: float
     softcap: float | None
     chunk_size: int | None
+
+
+def delta_of(results: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """What each query's softmax takes off the gradients of its scores, p (v.d_out - delta), at least float32.
+
+    The gradient of out gives out.d_out, and that of the log-sum-exp p itself. ``results`` and ``cotangents``: of out
+    and log_sum_exp.
+    """
+    (out, log_sum_exp), (d_out, d_log_sum_exp) = results, cotangents
+    return jnp.sum(out.astype(log_sum_exp.dtype) * d_out.astype(log_sum_exp.dtype), axis=-1) - d_log_sum_exp

@@ -14,18 +14,23 @@ FEWEST_QUERIES = 8
 
 
 class Backend(NamedTuple):
-    """An implementation, and why it cannot do a call: a function of its arguments' shapes and dtypes."""
+    """An implementation, and why it cannot do a call: a function of its arguments' shapes and dtypes.
+
+    ``gradients`` (arguments, static, log_sum_exp, d_out, delta), the last three as of `api.attention_gradients`, gives
+    (dq, dk, dv) in the dtypes of q, k and v.
+    """
 
     run: Callable[[Arguments, Static], tuple[jax.Array, jax.Array]]
+    gradients: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     refusal: Callable[[Arguments, Static], str | None] = lambda arguments, static: None
 
 
 BACKENDS = {
-    "reference": Backend(reference.attention),
-    "xla": Backend(xla.attention),
-    "pallas_tpu": Backend(pallas_tpu.attention, pallas_tpu.refusal),
-    "triton": Backend(triton_gpu.attention, triton_gpu.refusal),
-    "cudnn": Backend(cudnn.attention, cudnn.refusal),
+    "reference": Backend(reference.attention, reference.gradients),
+    "xla": Backend(xla.attention, xla.gradients),
+    "pallas_tpu": Backend(pallas_tpu.attention, pallas_tpu.gradients, pallas_tpu.refusal),
+    "triton": Backend(triton_gpu.attention, triton_gpu.gradients, triton_gpu.refusal),
+    "cudnn": Backend(cudnn.attention, cudnn.gradients, cudnn.refusal),
 }
 # What "auto" tries on each platform; the last one can do everything.
 AUTO = {"cpu": ("xla",), "gpu": ("cudnn", "triton", "xla"), "tpu": ("pallas_tpu", "xla")}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lcx_kernels.attention import triton_gpu
-from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.varying import vary_alike
 
 LARGEST_WIDTH = 128
@@ -55,6 +55,9 @@ def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Arra
     return tuple(result[:, :time] for result in results)
 
 
+gradients = triton_gpu.gradients  # cuDNN has no name for delta, and the log-sum-exp is all that the others need
+
+
 def _results(static: Static, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -90,8 +93,8 @@ def _backward(static: Static, residuals: tuple, cotangents: tuple):
     )
     if isinstance(cotangents[1], SymbolicZero):
         return pull((d_out, zeros[1]))
-    triton_gpu.require()
-    return triton_gpu.backward(static, Arguments(q, k, v, None, None, None, None), results, (d_out, d_log_sum_exp))
+    delta = delta_of(results, (d_out, d_log_sum_exp))
+    return gradients(Arguments(q, k, v, None, None, None, None), static, results[1], d_out, delta)
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)

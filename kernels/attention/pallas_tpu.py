@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP
 from lcx_kernels.backends import is_interpreted
 from lcx_kernels.varying import vary_alike, varying_axes
@@ -66,17 +66,41 @@ def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Arra
 
     ``chunk_size`` is an upper limit of blocks, from 128 on.
     """
-    arguments = vary_alike(arguments)
-    q, k, v = arguments[:3]
-    batch, time, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    plan, time = _plan(arguments, static), arguments.q.shape[1]
+    out, log_sum_exp = _attention(plan, *_laid_out(vary_alike(arguments), static, plan))
+    return _rows(out, time), _rows(log_sum_exp[..., None], time)[..., 0]
+
+
+def gradients(arguments: Arguments, static: Static, log_sum_exp, d_out, delta) -> tuple[jax.Array, ...]:
+    """(dq, dk, dv) of `api.attention_gradients`."""
+    arguments, log_sum_exp, d_out, delta = vary_alike((arguments, log_sum_exp, d_out, delta))
     plan = _plan(arguments, static)
-    q = (q.astype(jnp.float32) * static.scale).astype(q.dtype)
-    q = _pad(q, plan.time).reshape(batch, plan.time, kv_heads, heads // kv_heads, -1).transpose(0, 2, 3, 1, 4)
+    (_, time, _, _), (_, keys, kv_heads, _) = arguments.q.shape, arguments.k.shape
+    log_sum_exp, delta = (_by_head(x[..., None], plan.time, kv_heads)[..., 0] for x in (log_sum_exp, delta))
+    d_out = _by_head(d_out.astype(arguments.q.dtype), plan.time, kv_heads)
+    dq, dk, dv = _gradients(plan, *_laid_out(arguments, static, plan), log_sum_exp, d_out, delta)
+    dq = (_rows(dq, time).astype(jnp.float32) * static.scale).astype(arguments.q.dtype)
+    return dq, *(x.swapaxes(1, 2)[:, :keys] for x in (dk, dv))
+
+
+def _laid_out(arguments: Arguments, static: Static, plan: Plan) -> tuple:
+    """(scaled q, k, v, segments of queries and of keys) for `_attention`, padded."""
+    q, k, v = arguments[:3]
+    q = _by_head((q.astype(jnp.float32) * static.scale).astype(q.dtype), plan.time, k.shape[2])
     k, v = (_pad(x, plan.keys).swapaxes(1, 2) for x in (k, v))
-    out, log_sum_exp = _attention(plan, q, k, v, *_segments(arguments, static, plan))
-    out = out.transpose(0, 3, 1, 2, 4)[:, :time].reshape(batch, time, heads, -1)
-    return out, log_sum_exp.transpose(0, 3, 1, 2)[:, :time].reshape(batch, time, heads)
+    return q, k, v, *_segments(arguments, static, plan)
+
+
+def _by_head(x: jax.Array, length: int, kv_heads: int) -> jax.Array:
+    """[batch, time, heads, width] to [batch, n, g, length, width]."""
+    batch, _, heads, width = x.shape
+    return _pad(x, length).reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _rows(x: jax.Array, time: int) -> jax.Array:
+    """The inverse of `_by_head`."""
+    batch, n, g, length, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4)[:, :time].reshape(batch, time, n * g, width)
 
 
 def _plan(arguments: Arguments, static: Static) -> Plan:
@@ -130,14 +154,16 @@ def _forward(plan: Plan, *arrays):
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    q, k, v, query_segment, key_segment, out, log_sum_exp = residuals
-    d_out, d_log_sum_exp = cotangents
+    *arrays, out, log_sum_exp = residuals
+    delta = delta_of((out, log_sum_exp), cotangents)
+    return *_gradients(plan, *arrays, log_sum_exp, cotangents[0], delta), None, None
+
+
+def _gradients(plan: Plan, q, k, v, query_segment, key_segment, log_sum_exp, d_out, delta):
     # Of a query without keys all weights are 0 again; its cotangents, however large, are left out.
     blind = log_sum_exp == NO_KEY_LOG_SUM_EXP
-    d_out, d_log_sum_exp = jnp.where(blind[..., None], 0, d_out), jnp.where(blind, 0, d_log_sum_exp)
-    d_i = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_log_sum_exp
-    splash = _Splash(plan)
-    return *splash.backward(q, k, v, query_segment, key_segment, log_sum_exp, d_out, d_i), None, None
+    d_out, delta = jnp.where(blind[..., None], 0, d_out), jnp.where(blind, 0, delta)
+    return _Splash(plan).backward(q, k, v, query_segment, key_segment, log_sum_exp, d_out, delta)
 
 
 _attention.defvjp(_forward, _backward)
@@ -269,7 +295,7 @@ class _Splash:
 
         return self._call(call, (q, k, v, query_segment, key_segment))
 
-    def backward(self, q, k, v, query_segment, key_segment, log_sum_exp, d_out, d_i):
+    def backward(self, q, k, v, query_segment, key_segment, log_sum_exp, d_out, delta):
         """(dq, dk, dv)."""
         plan = self.plan
         layout = self.module.QKVLayout.HEAD_DIM_MINOR
@@ -298,6 +324,6 @@ class _Splash:
             )
             return dk, dv
 
-        arrays = (q, k, v, log_sum_exp, d_out, d_i, query_segment, key_segment)
+        arrays = (q, k, v, log_sum_exp, d_out, delta, query_segment, key_segment)
         (dq,) = self._call(queries, arrays)
         return dq, *self._call(keys, arrays, by_keys=True)

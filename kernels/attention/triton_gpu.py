@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx_kernels.attention import triton_plan
-from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.triton_plan import Launch
 from lcx_kernels.triton_launch import call, require, vary_as
 from lcx_kernels.varying import vary_alike
@@ -38,10 +38,14 @@ def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Arra
     return _attention(static, vary_alike(arguments))
 
 
-def backward(static: Static, arguments: Arguments, results: tuple, cotangents: tuple) -> tuple:
-    """The gradients (dq, dk, dv), given both results of any backend and their cotangents."""
-    arguments, results, cotangents = vary_alike((arguments, results, cotangents))
-    return triton_plan.backward(run, arguments, static, results, cotangents)
+def gradients(arguments: Arguments, static: Static, log_sum_exp, d_out, delta) -> tuple[jax.Array, ...]:
+    """(dq, dk, dv) of `api.attention_gradients`, from the log-sum-exp of any backend.
+
+    Raises:
+      BackendUnavailable: a package is missing.
+    """
+    require()
+    return triton_plan.backward(run, arguments, static, *vary_alike((log_sum_exp, d_out, delta)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -55,8 +59,10 @@ def _forward(static, arguments):
 
 
 def _backward(static, residuals, cotangents):
-    gradients = backward(static, *residuals, cotangents)
-    return (Arguments(*gradients, None, None, None, None),)
+    arguments, results = residuals
+    delta = delta_of(results, cotangents)
+    found = gradients(arguments, static, results[1], cotangents[0], delta)
+    return (Arguments(*found, None, None, None, None),)
 
 
 _attention.defvjp(_forward, _backward)

@@ -180,14 +180,16 @@ def forward(run: Callable[[Launch], tuple], arguments: Arguments, static: Static
 
 
 def backward(
-    run: Callable[[Launch], tuple], arguments: Arguments, static: Static, results: tuple, cotangents: tuple
+    run: Callable[[Launch], tuple],
+    arguments: Arguments,
+    static: Static,
+    log_sum_exp: jax.Array,
+    d_out: jax.Array,
+    delta: jax.Array,
 ) -> tuple:
-    """(dq, dk, dv) in the dtypes of q, k and v. ``results`` and ``cotangents``: of out and log_sum_exp."""
+    """(dq, dk, dv) in the dtypes of q, k and v; log_sum_exp and delta, float32, as of `api.attention_gradients`."""
     plan = make_plan(arguments, static)
-    (out, log_sum_exp), (d_out, d_log_sum_exp) = results, cotangents
-    # d out gives out.d_out, d log_sum_exp gives p itself.
-    shift = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_log_sum_exp
-    extra = d_out.astype(out.dtype), log_sum_exp, shift
+    extra = d_out.astype(arguments.q.dtype), log_sum_exp, delta
     outputs = tuple((array.shape, array.dtype) for array in arguments[:3])
     (dq,) = run(
         _launch("backward_queries", arguments, static, plan.backward_queries, extra, outputs[:1], by_keys=False)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.attention.arguments import Arguments, Static
+from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, band, sides, visible
+from lcx_kernels.varying import vary_alike
 
 # Runs that a causal triangle is cut into: n runs compute (n + 1) / n of the triangle. A run has two blocks if it can,
 # because a loop reuses its memory, and writing to fresh memory costs more here than the scores that are masked.
@@ -51,12 +52,21 @@ class Run(NamedTuple):
 
 def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:
     """Return (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both in the dtype of the accumulators."""
-    q, k, v = arguments[:3]
-    batch, time, heads, _ = q.shape
+    return _attention(_plan(arguments, static), *arguments[:3], *sides(arguments, static))
+
+
+def gradients(arguments: Arguments, static: Static, log_sum_exp, d_out, delta) -> tuple[jax.Array, ...]:
+    """(dq, dk, dv) of `api.attention_gradients`."""
+    arrays = (*arguments[:3], *sides(arguments, static), log_sum_exp, d_out, delta)
+    return _gradients(_plan(arguments, static), *vary_alike(arrays))
+
+
+def _plan(arguments: Arguments, static: Static) -> Plan:
+    batch, time, heads, _ = arguments.q.shape
     known = band(static)
-    chunk_size = static.chunk_size or _default_chunk_size(batch * heads, time, k.shape[1], known)
+    chunk_size = static.chunk_size or _default_chunk_size(batch * heads, time, arguments.k.shape[1], known)
     chunk_size = math.ceil(time / math.ceil(time / chunk_size))  # as even as can be, which pads least
-    return _attention(Plan(known, static.scale, static.softcap, chunk_size), q, k, v, *sides(arguments, static))
+    return Plan(known, static.scale, static.softcap, chunk_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,12 +99,14 @@ def _forward_with_residuals(plan: Plan, q, k, v, queries: Queries, keys: Keys):
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    q, k, v, queries, keys, out, log_sum_exp = residuals
-    d_out, d_log_sum_exp = cotangents
+    *arrays, out, log_sum_exp = residuals
+    delta = delta_of((out, log_sum_exp), cotangents)
+    return *_gradients(plan, *arrays, log_sum_exp, cotangents[0], delta), None, None
+
+
+def _gradients(plan: Plan, q, k, v, queries: Queries, keys: Keys, log_sum_exp, d_out, delta):
     time, kv_heads = q.shape[1], k.shape[2]
-    # The derivative of the loss in a score is p (v.d_out - shift): d out gives out.d_out, d log_sum_exp gives p itself.
-    shift = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
-    rows = _pad((q, d_out, log_sum_exp[..., None], shift[..., None], queries), plan.chunk_size)
+    rows = _pad((q, d_out, log_sum_exp[..., None], delta[..., None], queries), plan.chunk_size)
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
 
@@ -116,8 +128,8 @@ def _backward(plan: Plan, residuals, cotangents):
         sums, piece = _over_blocks(functools.partial(block, extent=run.extent), sums, run)
         pieces.append(piece)
     dk, dv = (jnp.swapaxes(x, 1, 2) for x in sums)
-    gradients = _join_blocks(pieces, time), dk, dv
-    return *(x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True)), None, None
+    found = _join_blocks(pieces, time), dk, dv
+    return tuple(x.astype(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
 _attention.defvjp(_forward_with_residuals, _backward)
@@ -144,7 +156,7 @@ def _forward_block(q, k, v, queries: Queries, keys: Keys, softcap: float | None)
     return out, jnp.where(blind, NO_KEY_LOG_SUM_EXP, maximum + jnp.log(total))[..., 0]
 
 
-def _backward_block(q, d_out, log_sum_exp, shift, k, v, queries: Queries, keys: Keys, softcap: float | None):
+def _backward_block(q, d_out, log_sum_exp, delta, k, v, queries: Queries, keys: Keys, softcap: float | None):
     """Return dq [batch, n, K, g, c] for scores q.k, dk and dv. Scores lie keys first, fastest for dk and dv."""
     mask = visible(
         jax.tree.map(lambda x: x[:, None, None, None, :], queries),
@@ -153,7 +165,7 @@ def _backward_block(q, d_out, log_sum_exp, shift, k, v, queries: Queries, keys: 
     scores = _cap(jnp.einsum("bnsk,bngck->bnsgc", k, q), softcap)
     weights = jnp.where(mask, jnp.exp(scores - log_sum_exp[:, :, None]), 0)
     d_weights = jnp.einsum("bnsv,bngcv->bnsgc", v, d_out)
-    d_scores = jnp.where(mask, weights * (d_weights - shift[:, :, None]), 0)
+    d_scores = jnp.where(mask, weights * (d_weights - delta[:, :, None]), 0)
     if softcap is not None:
         d_scores *= 1 - jnp.square(scores / softcap)
     # K in front: so k is what gets transposed, not the scores, which are many times larger.

@@ -145,15 +145,15 @@ def make_plan(batch: int, time: int, channels: int, state: int, wide: bool, chun
     A thread of the forward kernel holds up to 16 numbers of the state of one channel: what is per channel is computed
     once then, and sums over the state are within a thread. Where channels are too few for that, it holds 8. One of the
     backward kernel holds 8 numbers of two channels: it also sums over channels, between threads, and keeps the states
-    of a group of tokens. ``wide``: the arithmetic is in float64, whose numbers take two registers. ``chunk_size`` is an
-    upper limit.
+    of a group of tokens. ``wide``: the arithmetic is in float64, whose numbers take two registers: a thread holds 4.
+    ``chunk_size`` is an upper limit.
     """
     padded = _power_of_two(state)
     chunk = min(8, 1 << ((chunk_size or 8).bit_length() - 1))
     body, group = min(4, chunk), min(2, chunk)
     tiles = [
         Tile(per, padded // per, inner=1, warps=4, body=body, group=group)
-        for per in ((8,) if wide else (16, 8))
+        for per in ((4,) if wide else (16, 8))
         if per <= padded
     ] or [Tile(padded, 1, inner=1, warps=4, body=body, group=group)]
     forward, cut = _plan_forward(batch, time, channels, tiles, chunk)
@@ -167,11 +167,15 @@ def make_plan(batch: int, time: int, channels: int, state: int, wide: bool, chun
 
 
 def _backward_tile(inputs: Inputs, plan: Plan) -> Tile:
-    """Rows of B and C in float32 take twice the registers of bfloat16: then a thread has one channel."""
+    """Rows of B and C in float32 take twice the registers of bfloat16: then a thread has one channel.
+
+    Without y, the compiler has each thread make do with fewer registers than there are: then one token at a time.
+    """
     tile = plan.backward
-    if inputs.B.dtype.itemsize > 2 and tile.inner > 1:
-        return tile._replace(inner=1, warps=min(8, 2 * tile.warps))
-    return tile
+    if inputs.B.dtype.itemsize == 2:
+        return tile
+    group = tile.group if inputs.C is not None else 1
+    return tile._replace(inner=1, warps=min(8, tile.inner * tile.warps), group=group)
 
 
 def _programs(plan: Plan, tile: Tile, batch: int, channels: int, segments: int | None = None) -> int:

@@ -2,8 +2,9 @@
 
 Liu et al. 2023, arXiv 2310.01889 (Ring Attention); Brandon et al. 2023, arXiv 2311.09431 (balance). Each shard attends
 its queries to its own keys, then to those of the shard before, and so on; partial results are merged by their
-log-sum-exp. The backward pass goes round once more, and the gradients of keys and values travel with them, so that no
-shard ever holds more than two shards of keys.
+log-sum-exp. The backward pass goes round once more; the log-sum-exp of the whole is all that a shard needs for the
+gradients of a part. Those of keys and values travel with them, so that no shard ever holds more than two shards of
+keys.
 
 Causally, contiguous shards have unequal work: the last one sees everything. So around the ring, and only there, time
 is dealt out in 2 R pieces, of which shard r holds the r-th and the r-th from the end. Then each hop is half of all
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.parallel.sequence import MeshAxis, shift
-from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention
+from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, attention_gradients
 
 
 class Hop(NamedTuple):
@@ -129,26 +130,18 @@ def _ring_forward(static: Static, q: jax.Array, k: jax.Array, v: jax.Array, docu
 
 def _ring_backward(static: Static, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, documents, out, log_sum_exp = residuals
-    after = (out, log_sum_exp, *cotangents)
+    d_out, d_log_sum_exp = cotangents
+    delta = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
+    queries = q, documents, log_sum_exp, d_out, delta
     wide = lambda array: jnp.zeros_like(array, dtype=out.dtype)  # noqa: E731
 
-    own = partial(_own, static, documents=documents)
-    gradients = tuple(array.astype(out.dtype) for array in _pull(lambda q, k, v: own(q, k, v), (q, k, v), after))
-
     def attend(dq: jax.Array, kv: tuple, dkv: tuple, hop: jax.Array) -> tuple:
-        k, v, others = kv
-
-        def meet(part: Hop) -> Any:
-            def gradients() -> tuple:
-                pull = lambda q, k, v: _meet(static, part, q, documents, (k, v, others))  # noqa: E731
-                return tuple(array.astype(out.dtype) for array in _pull(pull, (q, k, v), after))
-
-            return gradients
-
-        new = _by_source(static, hop, meet, lambda: (wide(q), wide(k), wide(v)))
+        pull = lambda part: lambda: _pull(static, part, queries, kv)  # noqa: E731
+        new = _by_source(static, hop, pull, lambda: (wide(q), wide(k), wide(v)))
         return dq + new[0], (dkv[0] + new[1], dkv[1] + new[2])
 
-    dq, dk, dv = _travel_with_gradients(static, attend, gradients[0], (k, v, documents), gradients[1:])
+    dq, *dkv = _pull(static, None, queries, (k, v, documents))
+    dq, dk, dv = _travel_with_gradients(static, attend, dq, (k, v, documents), tuple(dkv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -211,16 +204,38 @@ def _meet(static: Static, part: Hop, q: jax.Array, documents: jax.Array, kv: tup
     out, log_sum_exp = _wide(
         attention(queries, k, v, causal=False, segment_ids=(ids, others), scale=static.scale, backend=static.backend)
     )
-    missing = q.shape[1] - queries.shape[1]
-    if missing:
-        out = jnp.pad(out, [(0, 0), (missing, 0), (0, 0), (0, 0)])
-        log_sum_exp = jnp.pad(log_sum_exp, [(0, 0), (missing, 0), (0, 0)], constant_values=NO_KEY_LOG_SUM_EXP)
-    return out, log_sum_exp
+    time = q.shape[1]
+    return _whole(out, part.queries, time), _whole(log_sum_exp, part.queries, time, NO_KEY_LOG_SUM_EXP)
+
+
+def _pull(static: Static, part: Hop | None, queries: tuple, kv: tuple) -> tuple:
+    """(dq, dk, dv) of what `_meet` computes, or `_own` where part is None, in the dtype of the sums."""
+    lengths = queries[0].shape[1], kv[0].shape[1], kv[1].shape[1]
+    sides = (BOTH, BOTH, BOTH) if part is None else (part.queries, part.keys, part.keys)
+    q, ids, log_sum_exp, d_out, delta = (_halves(array, sides[0]) for array in queries)
+    k, v, others = (_halves(array, sides[1]) for array in kv)
+    found = attention_gradients(
+        q, k, v, log_sum_exp, d_out, delta,
+        causal=part is None, segment_ids=(ids, others), scale=static.scale, backend=static.backend,
+    )  # fmt: skip
+    return tuple(
+        _whole(array.astype(d_out.dtype), which, length)
+        for array, which, length in zip(found, sides, lengths, strict=True)
+    )
 
 
 def _halves(array: jax.Array, which: slice) -> jax.Array:
     half = array.shape[1] // 2
     return array if which == BOTH else array[:, which.start * half : which.stop * half]
+
+
+def _whole(array: jax.Array, which: slice, length: int, missing: float = 0.0) -> jax.Array:
+    """The inverse of `_halves`, with ``missing`` for the other half."""
+    if which == BOTH:
+        return array
+    before = which.start * array.shape[1]
+    padding = [(0, 0), (before, length - before - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
+    return jnp.pad(array, padding, constant_values=missing)
 
 
 def _wide(results: tuple) -> tuple:
@@ -237,18 +252,3 @@ def _merge(out: jax.Array, log_sum_exp: jax.Array, new_out: jax.Array, new_log_s
     total = jnp.logaddexp(log_sum_exp, new_log_sum_exp)
     weight = lambda part: jnp.exp(part - total)[..., None]  # noqa: E731
     return weight(log_sum_exp) * out + weight(new_log_sum_exp) * new_out, total
-
-
-def _pull(function: Any, arguments: tuple, after: tuple) -> tuple:
-    """Gradients of a part's (out, log_sum_exp) in the whole of which it is a part.
-
-    after: the whole's (out, log_sum_exp) and their cotangents. With weight w = exp(part's log_sum_exp - whole's), the
-    whole is the sum of w out over the parts, and its log_sum_exp that of w; so the part's out has the cotangent
-    w d_out, and its log_sum_exp w (d_out . (its out - whole's out) + d_log_sum_exp).
-    """
-    out, log_sum_exp, d_out, d_log_sum_exp = after
-    (part_out, part_log_sum_exp), pullback = jax.vjp(function, *arguments)
-    weight = jnp.exp(part_log_sum_exp - log_sum_exp)
-    weight = jnp.where(part_log_sum_exp <= NO_KEY_LOG_SUM_EXP / 2, 0, weight)  # a part without a key has no say
-    lift = jnp.sum(d_out * (part_out - out), axis=-1) + d_log_sum_exp
-    return pullback((weight[..., None] * d_out, weight * lift))

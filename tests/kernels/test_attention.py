@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, fold_sinks, xla
+from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, attention_gradients, fold_sinks, xla
 from lcx_kernels.attention.visibility import Band
 from lcx_kernels.backends import BackendUnavailable
 
@@ -157,6 +157,34 @@ def run_case(name, backend, dtype):
     return results_and_gradients(run, arrays, (d_out, d_log_sum_exp))
 
 
+def compare_parts(sizes, cut, options, backend, dtype, tolerance):
+    """Gradients of two parts of the keys, from the whole's log-sum-exp, against those of the whole in float64."""
+    sees = pairs_seen(*sizes[:3], options)
+    softmax_options = {key: options[key] for key in ("scale", "softcap") if key in options}
+    q, k, v, _, *cotangents = draw(3, *sizes, dtype=dtype)
+    with jax.enable_x64(True):
+        exact, pulled = jax.tree.map(lambda x: x.astype(jnp.float64), ((q, k, v), cotangents))
+        whole = lambda *x: dense(*x, None, sees, **softmax_options)  # noqa: E731
+        out, log_sum_exp, *expected = results_and_gradients(whole, exact, pulled)
+        delta = jnp.sum(out * pulled[0], axis=-1) - pulled[1]
+        wide = jnp.promote_types(dtype, jnp.float32)
+        rows = log_sum_exp.astype(wide), cotangents[0], delta.astype(wide)
+
+    def part(keys, q, k, v, *rows):
+        of_part = {
+            name: (value[0], value[1][:, keys]) if name in ("positions", "segment_ids") else value
+            for name, value in options.items()
+        }
+        return attention_gradients(q, k[:, keys], v[:, keys], *rows, backend=backend, **of_part)
+
+    halves = slice(0, cut), slice(cut, k.shape[1])
+    parts = jax.jit(lambda *arrays: [part(keys, *arrays) for keys in halves])(q, k, v, *rows)
+    assert all(gradient.dtype == dtype for gradients in parts for gradient in gradients)
+    (dq, *dkv), (late_dq, *late_dkv) = jax.tree.map(lambda x: np.asarray(x, np.float64), parts)
+    found = [dq + late_dq, *(np.concatenate(pair, axis=1) for pair in zip(dkv, late_dkv, strict=True))]
+    assert_close([out, log_sum_exp, *found, 0.0], [out, log_sum_exp, *expected, 0.0], tolerance)
+
+
 # Exact promises: what is not seen has no influence, to the bit.
 
 
@@ -297,6 +325,20 @@ class AttentionTests:
         np.testing.assert_allclose(log_sum_exp, whole_log_sum_exp, rtol=1e-5)
         np.testing.assert_allclose(out * jax.nn.sigmoid(log_sum_exp - sinks)[..., None], whole, atol=1e-6)
 
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_gradients_of_parts(self, causal):
+        """Of windows, documents and a softcap; some queries see keys of one part only, or none."""
+        dtype, tolerance = self.exact
+        rng = np.random.default_rng(8)
+        time, keys = 21, 26
+        indices = [np.broadcast_to(np.arange(n, dtype=np.int32), (2, n)) for n in (time, keys)]
+        segments = documents(rng, 2, time), documents(rng, 2, keys)
+        segments[0][:, 4] = 9
+        positions = {"positions": (indices[0] + 5, indices[1]), "window": 11, "softcap": 3.0} if causal else {}
+        options = {"causal": causal, "segment_ids": segments, "chunk_size": 8, **positions}
+        with jax.enable_x64(dtype == jnp.float64):
+            compare_parts((2, time, keys, 4, 2, 5, 3), 11, options, self.backend, dtype, tolerance)
+
 
 class TestReference(AttentionTests):
     backend = "reference"
@@ -422,6 +464,12 @@ def test_refuses_mixed_dtypes():
     q, k, v, *_ = draw(0, 2, 6, 6, 4, 2, 4, 4, np.float32)
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.astype(jnp.bfloat16), v)
+
+
+def test_refuses_gradients_of_other_shapes():
+    q, k, v, _, d_out, row = draw(0, 2, 6, 6, 4, 2, 4, 4, np.float32)
+    with pytest.raises(ValueError, match=r"delta must be floating \[2, 6, 4\]"):
+        attention_gradients(q, k, v, row, d_out, row[:, :5])
 
 
 def test_refuses_a_backend_that_is_missing():

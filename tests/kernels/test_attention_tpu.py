@@ -26,6 +26,15 @@ def test_large(case, interpreting):
     compare_large(case, "pallas_tpu", jnp.float32, (24, 40), 1e-5)
 
 
+def test_gradients_of_parts(interpreting):
+    """Keys that no query sees by causality, but for documents, as in a ring."""
+    rng = np.random.default_rng(8)
+    segments = base.documents(rng, 2, 130), base.documents(rng, 2, 150)
+    segments[0][:, 4] = 9
+    options = {"causal": False, "segment_ids": segments, "softcap": 3.0}
+    base.compare_parts((2, 130, 150, 4, 2, 8, 6), 70, options, "pallas_tpu", jnp.dtype("float32"), 1e-5)
+
+
 def blind_rows():
     """Queries 5 and 77 see no key: (who, results and gradients)."""
     q, k, v, sinks, d_out, d_log_sum_exp = base.draw(4, 1, 130, 130, 2, 1, 8, 8, np.float32)

@@ -213,6 +213,11 @@ def own_documents(right):
     return lambda static, part, q, documents, kv: right(static, part, q, documents, (*kv[:2], documents))
 
 
+def own_documents_backwards(right):
+    """The same in the backward pass alone."""
+    return lambda static, part, queries, kv: right(static, part, queries, (*kv[:2], queries[1]))
+
+
 def mean_of_parts(right):
     return lambda out, lse, new_out, new_lse: ((out + new_out) / 2, jnp.logaddexp(lse, new_lse))
 
@@ -242,9 +247,10 @@ def gathered_without_gradient(right):
 def whole_is_a_part(right):
     """The backward pass of a part of the keys taken for that of all: weights by the part's own log-sum-exp."""
 
-    def wrong(function, arguments, after):
-        part = function(*arguments)
-        return right(function, arguments, (after[0], part[1], *after[2:]))
+    def wrong(static, part, queries, kv):
+        q, documents, _, *rest = queries
+        _, log_sum_exp = ring._own(static, q, *kv) if part is None else ring._meet(static, part, q, documents, kv)
+        return right(static, part, (q, documents, log_sum_exp, *rest), kv)
 
     return wrong
 
@@ -349,6 +355,9 @@ BUGS = {
     "pieces dealt out swapped": Bug("attention", ((ring, "deal"),), swapped_pieces, {NONE, CAUSALITY, ISOLATION, *RUN}),
     "documents dealt out otherwise": Bug("attention", ((ring, "deal"),), swapped_documents, {NONE, ISOLATION, *RUN}),
     "documents forgotten on a hop": Bug("attention", ((ring, "_meet"),), own_documents, {NONE, ISOLATION, *RUN}),
+    "documents forgotten on a hop back": Bug(
+        "attention", ((ring, "_pull"),), own_documents_backwards, {NONE, ISOLATION, *RUN}
+    ),
     "parts merged without weights": Bug("attention", ((ring, "_merge"),), mean_of_parts, {NONE, *RUN}),
     "keys of a later shard": Bug(
         "attention", ((ring, "comes_from_earlier"),), later_shards_too, {NONE, CAUSALITY, *RUN}

@@ -31,6 +31,7 @@ FIRST = (
     "test_bfloat16",
     "test_lower_precisions",
     "test_results_and_gradients",
+    "test_gradients_of_parts",
     "test_against_the_loop",
     "test_memory_traffic",
     "test_memory_traffic_is_as_counted",
