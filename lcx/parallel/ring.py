@@ -7,8 +7,10 @@ gradients of a part. Those of keys and values travel with them, so that no shard
 keys.
 
 Causally, contiguous shards have unequal work: the last one sees everything. So around the ring, and only there, time
-is dealt out in 2 R pieces, of which shard r holds the r-th and the r-th from the end. Then each hop is half of all
-pairs of a query and a key, on every shard, and no pair of them is masked by causality (`BALANCED`).
+is dealt out in 2 R pieces, of which shard r holds the r-th and the r-th from the end: its two halves. Then at each hop
+two halves of queries meet two halves of keys, on every shard, and no pair of them is masked by causality (`MEETINGS`).
+Which halves they are is a matter of data, not of control: a branch would keep the compiler from letting the next keys
+travel while these are worked on.
 """
 
 from functools import partial
@@ -20,28 +22,9 @@ import jax.numpy as jnp
 from lcx.parallel.sequence import MeshAxis, shift
 from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, attention_gradients
 
-
-class Hop(NamedTuple):
-    """What a shard does with keys from another one: which of its queries meet which of the keys, in halves."""
-
-    queries: slice
-    keys: slice
-
-
-BOTH, FIRST, SECOND = slice(0, 2), slice(0, 1), slice(1, 2)
-
-
-class Schedule(NamedTuple):
-    """The work of a hop, by whether the keys come from an earlier or a later shard; None: there is nothing to do."""
-
-    earlier: Hop
-    later: Hop | None
-
-
-# Halves (r, 2R-1-r): of a shard s < r, the piece s is before both of mine and 2R-1-s after both; of a shard s > r both
-# pieces are after my first and before my second.
-BALANCED = Schedule(earlier=Hop(BOTH, FIRST), later=Hop(SECOND, BOTH))
-CONTIGUOUS = Schedule(earlier=Hop(BOTH, BOTH), later=None)
+# Of keys from an earlier shard the first half is before both of mine and the second after both; of keys from a later
+# one both halves are after my first and before my second. So, as (half of my queries, half of the keys):
+MEETINGS = {"earlier": ((1, 0), (0, 0)), "later": ((1, 0), (1, 1))}
 
 
 class Static(NamedTuple):
@@ -49,7 +32,6 @@ class Static(NamedTuple):
 
     axis: MeshAxis
     shards: int
-    schedule: Schedule
     scale: float | None
     backend: str
 
@@ -69,20 +51,24 @@ def ring_attention(
     Args:
       q: this shard's queries, [batch, time, heads, K].
       k, v: its keys and values, [batch, time, kv_heads, K or V].
-      documents: int32 [batch, time]; a query sees keys of its own document only.
+      documents: int32 [batch, time], at least 0; a query sees keys of its own document only.
       axis: the mesh axis that cuts time.
       scale, backend: as of `lcx_kernels.attention.attention`.
 
     Returns: (out [batch, time, heads, V], log_sum_exp [batch, time, heads]), both at least float32. Differentiable in
       both; sinks are folded in by the caller, once.
     """
-    shards = jax.lax.axis_size(axis)
-    balanced = q.shape[1] % 2 == 0
-    static = Static(axis, shards, BALANCED if balanced else CONTIGUOUS, scale, backend)
-    if not balanced:
-        return _ring(static, q, k, v, documents)
-    q, k, v, documents = (deal(array, axis) for array in (q, k, v, documents))
-    return tuple(collect(array, axis) for array in _ring(static, q, k, v, documents))
+    time = q.shape[1]
+    static = Static(axis, jax.lax.axis_size(axis), scale, backend)
+    arrays = q, k, v, documents
+    if time % 2:  # a token of no document makes halves
+        arrays = tuple(_longer(array, value) for array, value in zip(arrays, (0, 0, 0, -1), strict=True))
+    results = _ring(static, *(deal(array, axis) for array in arrays))
+    return tuple(collect(array, axis)[:, :time] for array in results)
+
+
+def _longer(array: jax.Array, value: int) -> jax.Array:
+    return jnp.pad(array, [(0, 0), (0, 1)] + [(0, 0)] * (array.ndim - 2), constant_values=value)
 
 
 def deal(x: jax.Array, axis: MeshAxis) -> jax.Array:
@@ -114,13 +100,15 @@ def collect(x: jax.Array, axis: MeshAxis) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(static: Static, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array) -> tuple:
-    out, log_sum_exp = _own(static, q, k, v, documents)
+    sums = _own(static, q, k, v, documents)
 
     def attend(sums: tuple, kv: tuple, hop: jax.Array) -> tuple:
-        meet = lambda part: lambda: _meet(static, part, q, documents, kv)  # noqa: E731
-        return _merge(*sums, *_by_source(static, hop, meet, lambda: _nothing(*sums)))
+        earlier = comes_from_earlier(jax.lax.axis_index(static.axis), hop)
+        for part in _meet(static, earlier, (q, documents), kv):
+            sums = _merge(*sums, *part)
+        return sums
 
-    return _travel(static, attend, (out, log_sum_exp), (k, v, documents))
+    return _travel(static, attend, sums, (k, v, documents))
 
 
 def _ring_forward(static: Static, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array) -> tuple:
@@ -133,14 +121,13 @@ def _ring_backward(static: Static, residuals: tuple, cotangents: tuple) -> tuple
     d_out, d_log_sum_exp = cotangents
     delta = jnp.sum(out * d_out, axis=-1) - d_log_sum_exp
     queries = q, documents, log_sum_exp, d_out, delta
-    wide = lambda array: jnp.zeros_like(array, dtype=out.dtype)  # noqa: E731
 
     def attend(dq: jax.Array, kv: tuple, dkv: tuple, hop: jax.Array) -> tuple:
-        pull = lambda part: lambda: _pull(static, part, queries, kv)  # noqa: E731
-        new = _by_source(static, hop, pull, lambda: (wide(q), wide(k), wide(v)))
-        return dq + new[0], (dkv[0] + new[1], dkv[1] + new[2])
+        earlier = comes_from_earlier(jax.lax.axis_index(static.axis), hop)
+        new_dq, *new_dkv = _pull(static, earlier, queries, kv)
+        return dq + new_dq, (dkv[0] + new_dkv[0], dkv[1] + new_dkv[1])
 
-    dq, *dkv = _pull(static, None, queries, (k, v, documents))
+    dq, *dkv = _pull_own(static, queries, (k, v, documents))
     dq, dk, dv = _travel_with_gradients(static, attend, dq, (k, v, documents), tuple(dkv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -180,71 +167,84 @@ def _travel_with_gradients(static: Static, attend: Any, dq: jax.Array, kv: tuple
     return dq, *shift(dkv, static.axis, 1, wrap=True)
 
 
-def _by_source(static: Static, hop: jax.Array, meet: Any, nothing: Any) -> Any:
-    """The work of a hop: at hop h the keys are those of the shard h places earlier, round the ring."""
-    later = nothing if static.schedule.later is None else meet(static.schedule.later)
-    from_earlier = comes_from_earlier(jax.lax.axis_index(static.axis), hop)
-    return jax.lax.cond(from_earlier, meet(static.schedule.earlier), later)
-
-
 def comes_from_earlier(shard: jax.Array | int, hop: jax.Array | int) -> jax.Array | bool:
-    """Whether the keys that a shard meets at a hop, 1 to shards - 1, are those of an earlier shard."""
+    """Whether the keys that a shard meets at a hop, 1 to shards - 1, are those of an earlier shard.
+
+    At hop h they are those of the shard h places earlier, round the ring.
+    """
     return shard >= hop
 
 
 def _own(static: Static, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array) -> tuple:
-    """Attention to the shard's own keys: causal in the order in which it holds them, dealt out or not."""
+    """Attention to the shard's own keys: causal in the order in which it holds them."""
     return _wide(attention(q, k, v, segment_ids=documents, scale=static.scale, backend=static.backend))
 
 
-def _meet(static: Static, part: Hop, q: jax.Array, documents: jax.Array, kv: tuple) -> tuple:
-    """Attention to another shard's keys, all of them visible but for documents; results for all of the queries."""
-    k, v, others = (_halves(array, part.keys) for array in kv)
-    queries, ids = _halves(q, part.queries), _halves(documents, part.queries)
-    out, log_sum_exp = _wide(
-        attention(queries, k, v, causal=False, segment_ids=(ids, others), scale=static.scale, backend=static.backend)
+def _pull_own(static: Static, queries: tuple, kv: tuple) -> tuple:
+    """(dq, dk, dv) of what `_own` computes, in the dtype of the sums."""
+    return _gradients(static, queries, kv, causal=True)
+
+
+def _meet(static: Static, earlier: jax.Array, queries: tuple, kv: tuple) -> list[tuple]:
+    """Attention to another shard's keys, all of them visible but for documents.
+
+    Returns (out, log_sum_exp) for all of the queries, one of each meeting; they see disjoint keys.
+    """
+    (q, ids), (k, v, others) = _stack(earlier, queries, side=0), _stack(earlier, kv, side=1)
+    results = _wide(
+        attention(q, k, v, causal=False, segment_ids=(ids, others), scale=static.scale, backend=static.backend)
     )
-    time = q.shape[1]
-    return _whole(out, part.queries, time), _whole(log_sum_exp, part.queries, time, NO_KEY_LOG_SUM_EXP)
+    outs, log_sums = (_spread(earlier, array, 0, missing) for array, missing in zip(results, NOTHING, strict=True))
+    return list(zip(outs, log_sums, strict=True))
 
 
-def _pull(static: Static, part: Hop | None, queries: tuple, kv: tuple) -> tuple:
-    """(dq, dk, dv) of what `_meet` computes, or `_own` where part is None, in the dtype of the sums."""
-    lengths = queries[0].shape[1], kv[0].shape[1], kv[1].shape[1]
-    sides = (BOTH, BOTH, BOTH) if part is None else (part.queries, part.keys, part.keys)
-    q, ids, log_sum_exp, d_out, delta = (_halves(array, sides[0]) for array in queries)
-    k, v, others = (_halves(array, sides[1]) for array in kv)
-    found = attention_gradients(
-        q, k, v, log_sum_exp, d_out, delta,
-        causal=part is None, segment_ids=(ids, others), scale=static.scale, backend=static.backend,
-    )  # fmt: skip
-    return tuple(
-        _whole(array.astype(d_out.dtype), which, length)
-        for array, which, length in zip(found, sides, lengths, strict=True)
-    )
+def _pull(static: Static, earlier: jax.Array, queries: tuple, kv: tuple) -> tuple:
+    """(dq, dk, dv) of what `_meet` computes, in the dtype of the sums."""
+    found = _gradients(static, _stack(earlier, queries, side=0), _stack(earlier, kv, side=1), causal=False)
+    return tuple(sum(_spread(earlier, array, side, 0.0)) for array, side in zip(found, (0, 1, 1), strict=True))
 
 
-def _halves(array: jax.Array, which: slice) -> jax.Array:
-    half = array.shape[1] // 2
-    return array if which == BOTH else array[:, which.start * half : which.stop * half]
+def _gradients(static: Static, queries: tuple, kv: tuple, causal: bool) -> tuple:
+    (q, ids, log_sum_exp, d_out, delta), (k, v, others) = queries, kv
+    settings = dict(segment_ids=(ids, others), scale=static.scale, backend=static.backend)
+    found = attention_gradients(q, k, v, log_sum_exp, d_out, delta, causal=causal, **settings)
+    return tuple(array.astype(d_out.dtype) for array in found)
 
 
-def _whole(array: jax.Array, which: slice, length: int, missing: float = 0.0) -> jax.Array:
-    """The inverse of `_halves`, with ``missing`` for the other half."""
-    if which == BOTH:
-        return array
-    before = which.start * array.shape[1]
-    padding = [(0, 0), (before, length - before - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
-    return jnp.pad(array, padding, constant_values=missing)
+NOTHING = (0.0, NO_KEY_LOG_SUM_EXP)  # the out and log_sum_exp of a query without a key
+
+
+def _stack(earlier: jax.Array, arrays: tuple, side: int) -> tuple:
+    """The halves of a hop's two meetings, one behind the other: [batch, time, ...] to [2 batch, time / 2, ...].
+
+    side: 0 for what belongs to queries, 1 for keys.
+    """
+
+    def stack(array: jax.Array) -> jax.Array:
+        halves = jnp.split(array, 2, axis=1)
+        pairs = zip(MEETINGS["earlier"], MEETINGS["later"], strict=True)
+        return jnp.concatenate([_where(earlier, halves, one[side], other[side]) for one, other in pairs])
+
+    return tuple(map(stack, arrays))
+
+
+def _where(earlier: jax.Array, halves: list, one: int, other: int) -> jax.Array:
+    return halves[one] if one == other else jnp.where(earlier, halves[one], halves[other])
+
+
+def _spread(earlier: jax.Array, stacked: jax.Array, side: int, missing: float) -> list[jax.Array]:
+    """Each meeting's result in its half, `missing` in the other one: the inverse of `_stack`."""
+    found, empty = [], jnp.full_like(stacked[: stacked.shape[0] // 2], missing)
+    for meeting, part in enumerate(jnp.split(stacked, 2)):
+        one, other = MEETINGS["earlier"][meeting][side], MEETINGS["later"][meeting][side]
+        choose = lambda half: _where(earlier, [empty, part], one == half, other == half)  # noqa: B023, E731
+        found.append(jnp.concatenate([choose(0), choose(1)], axis=1))
+    return found
 
 
 def _wide(results: tuple) -> tuple:
     out, log_sum_exp = results
     return out.astype(log_sum_exp.dtype), log_sum_exp
-
-
-def _nothing(out: jax.Array, log_sum_exp: jax.Array) -> tuple:
-    return jnp.zeros_like(out), jnp.full_like(log_sum_exp, NO_KEY_LOG_SUM_EXP)
 
 
 def _merge(out: jax.Array, log_sum_exp: jax.Array, new_out: jax.Array, new_log_sum_exp: jax.Array) -> tuple:

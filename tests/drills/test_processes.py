@@ -26,6 +26,7 @@ CONFIG = [
     "--config.mesh.seq=2",
     "--config.optimizer.schedule=constant",  # a run of fewer steps has the same one
     "--config.optimizer.warmup_steps=5",
+    "--config.optimizer.learning_rate=1e-3",
     "--config.checkpoint.every=25",
     "--config.logging.every=1",
     "--config.logging.tensorboard=false",

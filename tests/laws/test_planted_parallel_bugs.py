@@ -210,12 +210,7 @@ def swapped_documents(right):
 
 def own_documents(right):
     """A hop's keys taken for keys of the document of this shard's tokens."""
-    return lambda static, part, q, documents, kv: right(static, part, q, documents, (*kv[:2], documents))
-
-
-def own_documents_backwards(right):
-    """The same in the backward pass alone."""
-    return lambda static, part, queries, kv: right(static, part, queries, (*kv[:2], queries[1]))
+    return lambda static, earlier, queries, kv: right(static, earlier, queries, (*kv[:2], queries[1]))
 
 
 def mean_of_parts(right):
@@ -247,10 +242,10 @@ def gathered_without_gradient(right):
 def whole_is_a_part(right):
     """The backward pass of a part of the keys taken for that of all: weights by the part's own log-sum-exp."""
 
-    def wrong(static, part, queries, kv):
+    def wrong(static, earlier, queries, kv):
         q, documents, _, *rest = queries
-        _, log_sum_exp = ring._own(static, q, *kv) if part is None else ring._meet(static, part, q, documents, kv)
-        return right(static, part, (q, documents, log_sum_exp, *rest), kv)
+        (_, one), (_, other) = ring._meet(static, earlier, (q, documents), kv)
+        return right(static, earlier, (q, documents, jnp.logaddexp(one, other), *rest), kv)
 
     return wrong
 
@@ -355,9 +350,7 @@ BUGS = {
     "pieces dealt out swapped": Bug("attention", ((ring, "deal"),), swapped_pieces, {NONE, CAUSALITY, ISOLATION, *RUN}),
     "documents dealt out otherwise": Bug("attention", ((ring, "deal"),), swapped_documents, {NONE, ISOLATION, *RUN}),
     "documents forgotten on a hop": Bug("attention", ((ring, "_meet"),), own_documents, {NONE, ISOLATION, *RUN}),
-    "documents forgotten on a hop back": Bug(
-        "attention", ((ring, "_pull"),), own_documents_backwards, {NONE, ISOLATION, *RUN}
-    ),
+    "documents forgotten on a hop back": Bug("attention", ((ring, "_pull"),), own_documents, {NONE, ISOLATION, *RUN}),
     "parts merged without weights": Bug("attention", ((ring, "_merge"),), mean_of_parts, {NONE, *RUN}),
     "keys of a later shard": Bug(
         "attention", ((ring, "comes_from_earlier"),), later_shards_too, {NONE, CAUSALITY, *RUN}
