@@ -22,6 +22,7 @@ from lcx.training.train_state import TrainState
 from lcx.training.trainer import Program, fit, make_program
 from lcx.training.workdir import Workdir, open_workdir
 
+YARDSTICK = 2**28  # tokens of each source of prepared data that the bigram model is counted on
 PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the model writes after them
 
 
@@ -30,7 +31,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     config = Config.from_dict(config)
     use_compilation_cache()
     program = make_program(config)
-    corpus = data.training_corpus(config)
+    corpus = data.check_data(config)
     with open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint}) as folder:
         print(describe(program, corpus, folder), flush=True)
         heldout = HeldOut(program)
@@ -61,10 +62,11 @@ def describe(program: Program, corpus: data.Corpus, folder: Workdir) -> str:
     config = program.config
     tokens = config.train.batch_size * config.train.sequence_length
     mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    documents, total = sum(map(len, corpus.collections)), sum(part.total for part in corpus.collections)
     return (
         f"{config.model.family}: {count_parameters(program.blueprint.shapes):,} parameters, {tokens:,} tokens a step "
         f"on {mesh} ({jax.devices()[0].device_kind})\n"
-        f"data: {len(corpus.train):,} documents, {corpus.train.tokens.size:,} tokens; held out "
+        f"data: {documents:,} documents, {total:,} tokens; held out "
         f"{len(corpus.heldout):,} documents, {corpus.heldout.tokens.size:,} tokens\n"
         f"workdir: {folder.path}; compiling (seconds to minutes, kept for the next time)"
     )
@@ -105,8 +107,8 @@ def finish(
         print(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
     else:
         print("nothing of this corpus is held out, so there is no held-out loss")
-    if anything and config.data.tokenizer == "bytes":
-        train, start = corpus.train, config.data.start_token
+    if anything and config.data.tokenizer == "bytes" and corpus.collections and scored.scored is None:
+        train, start = data.joined(corpus.collections, YARDSTICK), config.data.start_token
         bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets, start)
         baselines["byte bigram"] = result["bigram_bits_per_token"] = bigram
         print(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
@@ -116,7 +118,9 @@ def finish(
     points = {result["step"]: result["bits_per_token"]} if anything else {}
     plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
     print(f"loss curve: {folder.evaluation / 'heldout.png'}")
-    show_sample(program, folder, state, scored if len(scored) else corpus.train)
+    documents = scored if len(scored) else data.joined(corpus.collections, PROMPT)
+    if len(documents):
+        show_sample(program, folder, state, documents)
     return result
 
 
