@@ -1,6 +1,6 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import run_interruptible
 from lcx.training.telemetry import Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, fit, make_program
+from lcx.training.trainer import Program, fit, make_programs, program_at
 from lcx.training.workdir import Workdir, open_workdir
 
 YARDSTICK = 2**28  # tokens of each source of prepared data that the bigram model is counted on
@@ -30,23 +30,24 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """See `lcx.cli.train.train`."""
     config = Config.from_dict(config)
     use_compilation_cache()
-    program = make_program(config)
+    programs = make_programs(config)
     corpus = data.check_data(config)
     with open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint}) as folder:
-        print(describe(program, corpus, folder), flush=True)
-        heldout = HeldOut(program)
+        print(describe(programs, corpus, folder), flush=True)
+        heldout = HeldOut()
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
         tensorboard = folder.tensorboard if config.logging.tensorboard else None
         try:
             state = fit(
-                program,
+                programs,
                 checkpoints,
                 telemetry=lambda step: Telemetry(folder.metrics, config.train.steps, step, tensorboard),
                 batches=lambda data_index: data.read_ahead(config, data_index),
-                evaluate=lambda params, step: {"heldout_loss": heldout.score(params).loss},
+                evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
             )
         finally:
             checkpoints.close()
+        program = program_at(programs, int(state.data_index) - 1)  # of the last step
         return finish(program, corpus, folder, heldout, state)
 
 
@@ -57,9 +58,9 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def describe(program: Program, corpus: data.Corpus, folder: Workdir) -> str:
+def describe(programs: Sequence[Program], corpus: data.Corpus, folder: Workdir) -> str:
     """What is about to be trained, for people."""
-    config = program.config
+    program, config = programs[0], programs[0].config
     tokens = config.train.batch_size * config.train.sequence_length
     mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     documents, total = sum(map(len, corpus.collections)), sum(part.total for part in corpus.collections)
@@ -73,21 +74,22 @@ def describe(program: Program, corpus: data.Corpus, folder: Workdir) -> str:
 
 
 class HeldOut:
-    """Scores parameters on the held-out rows of a run; compiles at the first call."""
+    """Scores parameters on the held-out rows of a run; compiles at a stage's first call."""
 
-    def __init__(self, program: Program):
-        self._program = program
-        self._score = jax.jit(make_score(program.blueprint.model, program.config.train.loss_chunk_size))
+    def __init__(self):
+        self._scores: dict[int, Callable] = {}
 
-    def score(self, params: dict) -> Perplexity:
+    def score(self, program: Program, params: dict) -> Perplexity:
         """In a thread, so that a signal is noticed at once; then it raises Interrupted."""
-        return run_interruptible(lambda: self._score_all(params))
+        return run_interruptible(lambda: self._score_all(program, params))
 
-    def _score_all(self, params: dict) -> Perplexity:
-        config = self._program.config
+    def _score_all(self, program: Program, params: dict) -> Perplexity:
+        config = program.config
+        make = lambda: jax.jit(make_score(program.blueprint.model, config.train.loss_chunk_size))  # noqa: E731
+        score = self._scores.setdefault(program.stage.number, make())
         batches = data.heldout_batches(config, config.evaluation.max_rows)
-        with jax.set_mesh(self._program.mesh):
-            return perplexity(lambda batch: self._score(params, self._program.put(batch)), batches)
+        with jax.set_mesh(program.mesh):
+            return perplexity(lambda batch: score(params, program.put(batch)), batches)
 
 
 def finish(
@@ -101,7 +103,7 @@ def finish(
     anything = scored.tokens.size > len(scored)  # a document's first token is not predicted
     if anything:
         print(f"scoring {scored.tokens.size:,} held-out tokens", flush=True)
-        score = heldout.score(state.params)
+        score = heldout.score(program, state.params)
         result |= {"loss": score.loss, "bits_per_token": score.bits_per_token, "tokens": score.tokens}
         unit = "byte" if config.data.tokenizer == "bytes" else "token"
         print(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")

@@ -101,7 +101,7 @@ def test_generate_streams_text(finished, capsys):
         (["--config.train.steps=0"], "train.steps"),
         (["--config.optimizer.name=adam"], 'unknown optimizer "adam": did you mean "adamw"?'),
         (["--config.model.mixers.mamba.backend=tritn"], "model.mixers.mamba: backend: unknown name 'tritn'"),
-        (["--config.data.sources[0].format=parquet"], 'unknown format "parquet"'),
+        (["--config.data.sources[0].format=parquets"], 'unknown format "parquets": did you mean "parquet"?'),
         (["--config.data.tokenizer=gpt2"], 'unknown tokenizer "gpt2"'),
         (["--config.model.vocab_size=100"], "model.vocab_size is 100"),
         (["--config.train.batch_size=9", "--config.mesh.data=8"], "train.batch_size=9 does not divide"),
