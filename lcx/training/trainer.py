@@ -159,7 +159,9 @@ def fit(
         log = _StepLog(config, report)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
         while step < config.train.steps and not interrupted.is_set():
+            asked = time.perf_counter()
             data_index, batch = next(reader)
+            log.waited += time.perf_counter() - asked
             state, metrics = train_step(state, program.put(batch))
             if late:
                 log(*late)
@@ -194,7 +196,7 @@ class _StepLog:
 
     def __init__(self, config: Config, report: Telemetry):
         self.config, self.report = config, report
-        self.tokens, self.logged_time = 0, time.perf_counter()
+        self.tokens, self.waited, self.logged_time = 0, 0.0, time.perf_counter()
 
     def __call__(
         self, step: int, data_index: int, metrics: dict[str, jax.Array], scores: dict[str, float], program: Program
@@ -207,10 +209,12 @@ class _StepLog:
         if not (scores or step == config.train.steps or _due(step, config.logging.every)):
             return
         now = time.perf_counter()
-        rate = self.tokens / (now - self.logged_time)
-        self.tokens, self.logged_time = 0, now
+        seconds = now - self.logged_time
+        rate, data_wait = self.tokens / seconds, self.waited / seconds
+        self.tokens, self.waited, self.logged_time = 0, 0.0, now
         line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": None, "skipped": 0}
         line["tokens_per_second_per_device"] = rate / jax.device_count()
+        line["data_wait"] = data_wait  # share of the time since the last line that was spent waiting for batches
         values = jax.device_get(metrics)
         histograms = values.pop("histograms")
         self.report.log(line | values | scores, histograms)

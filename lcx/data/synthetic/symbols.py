@@ -4,6 +4,7 @@ Each is a function (random, length, options, tokenizer) -> Layout of exactly `le
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -84,7 +85,7 @@ class Hierarchy:
     paragraphs: int = limited(2, minimum=1, maximum=20)  # a document
     sentences: int = limited(2, minimum=1, maximum=20)  # a paragraph
     words: int = limited(4, minimum=1, maximum=20)  # symbols of a sentence
-    span: str = "any"  # token, sentence, paragraph or document; any: one of them for each example
+    span: Literal["any", "token", "sentence", "paragraph", "document"] = "any"  # any: one of them for each example
     symbols: int = limited(64, minimum=2, maximum=120)
 
 
@@ -195,8 +196,6 @@ SPANS = ("token", "sentence", "paragraph", "document")
 
 def hierarchical_recall(random: np.random.Generator, length: int, options: Hierarchy, _: Tokenizer) -> Layout:
     """A text in levels, each part under its number; then a part's address, and the answer is all that it holds."""
-    if options.span not in ("any", *SPANS):
-        raise TooShort(f'there is no span "{options.span}" (token, sentence, paragraph, document, any)')
     sizes = (options.documents, options.paragraphs, options.sentences, options.words)
     words = SYMBOLS + random.integers(0, options.symbols, sizes)
     marks = [SYMBOLS + options.symbols + 20 * level for level in range(4)]  # 20 numbers for each level
