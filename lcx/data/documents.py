@@ -104,6 +104,8 @@ def choose(collection: Collection, chosen: np.ndarray) -> Chosen:
     return Chosen(collection, chosen, int(collection.lengths(chosen).sum()))
 
 
+LONGEST = 2**31 - 2**24
+"""Tokens of the longest document whose positions can be counted: they are int32, and a row reads on after the last."""
 CHUNK = 2**20  # documents whose lengths are looked at at one time
 
 
@@ -123,6 +125,16 @@ def by_length(collection: Collection, borders: Sequence[int]) -> list[Chosen]:
             found[i].append((first + here).astype(dtype))
             totals[i] += int(lengths[here].sum())
     return [Chosen(collection, np.concatenate(pieces), total) for pieces, total in zip(found, totals, strict=True)]
+
+
+def longest(collection: Collection) -> tuple[int, int]:
+    """The longest document, and its tokens."""
+    best = (0, 0)
+    for first in range(0, len(collection), CHUNK):
+        lengths = collection.lengths(slice(first, first + CHUNK))
+        at = int(np.argmax(lengths))
+        best = max(best, (first + at, int(lengths[at])), key=lambda found: found[1])
+    return best
 
 
 def to_memory(collection: Collection, most_tokens: int) -> Documents:

@@ -12,7 +12,7 @@ import numpy as np
 from lcx.config import Config, SourceConfig
 from lcx.data import mixture
 from lcx.data.bestfit import load_plan
-from lcx.data.documents import Collection, Documents, by_length
+from lcx.data.documents import LONGEST, Collection, Documents, by_length, longest
 from lcx.data.packing import cut_row, last_of_all, make_batch, read_piece, row_stride
 from lcx.data.rows import BestFit, EndToEnd, Lanes, Packer
 from lcx.data.shuffle import make_key
@@ -150,6 +150,12 @@ def _packer(config: Config, part: Part, documents: Collection | Task, seed: int,
             )
         return Examples(documents, seed, length)
     if config.train.carry_state:
+        document, tokens = longest(documents)
+        if tokens > LONGEST:
+            raise UserError(
+                f'data.sources "{part.name}": the document {documents.name(document)} has {tokens:,} tokens, more than '
+                f"positions that are carried can count ({LONGEST:,}): cut it, or train without train.carry_state."
+            )
         return Lanes(documents, seed, length, lanes)
     if config.data.packing == "best_fit":
         fingerprint = part.fingerprint if documents is part.train else f"{documents.total:016x}{part.fingerprint}"

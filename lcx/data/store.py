@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lcx.config import SourceConfig
+from lcx.data.documents import LONGEST
 from lcx.data.readers import Record
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
@@ -33,7 +34,6 @@ PIECE = 2**18
 """Most tokens of a record: what is read of a long document for one row is bounded."""
 WRITING = "group_size:1,zstd:1"  # one record at a time can be read
 READING = "readahead_buffer_size:0,max_parallelism:0"
-LONGEST = 2**31 - 2**24  # tokens of a document: positions are int32, and a row reads on after the last
 
 log = logging.getLogger(__name__)
 

@@ -99,6 +99,14 @@ def test_positions_count_up_across_rows_and_rows_by_themselves_are_the_same(tmp_
     assert carried > 15
 
 
+def test_a_document_longer_than_positions_allow_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lcx.data.pipeline.LONGEST", 49)
+    with pytest.raises(
+        UserError, match="the document 000 has 50 tokens, more than positions that are carried can count"
+    ):
+        check_data(make(tmp_path, DOCUMENTS))
+
+
 def test_each_source_has_lanes_of_its_own(tmp_path):
     sources = []
     for name, letter, weight in (("a", b"a", 3), ("b", b"b", 1)):
