@@ -47,7 +47,7 @@ def _modulo(value: np.ndarray, divisor: np.ndarray) -> np.ndarray:
     """value % divisor: NumPy divides by one number with vector instructions, but has none for the remainder."""
     quotient = value // divisor
     quotient *= divisor
-    return np.subtract(value, quotient, out=quotient)
+    return value - quotient
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
