@@ -333,6 +333,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     for step in parents:
         if path == "model.mixers" and last == "type" and hasattr(node, "items") and step not in node:
             node[step] = {}
+        if path.startswith("data.sources[") and hasattr(node, "items") and step not in node:
+            node[step] = {}  # a source's options, which a file may leave out
         node, path = _child(node, step, path), _extend(path, step)
     open_record = path.startswith(("model.mixers.", "model.remat", "data.sources["))
     is_new = open_record and hasattr(node, "items") and last not in node

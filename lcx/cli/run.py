@@ -1,6 +1,7 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     corpus = data.check_data(config)
     with open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint}) as folder:
         print(describe(programs, corpus, folder), flush=True)
-        heldout = HeldOut()
+        heldout = HeldOut(config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
         tensorboard = folder.tensorboard if config.logging.tensorboard else None
         try:
@@ -74,17 +75,22 @@ def describe(programs: Sequence[Program], corpus: data.Corpus, folder: Workdir) 
 
 
 class HeldOut:
-    """Scores parameters on the held-out rows of a run; compiles at a stage's first call."""
+    """Scores parameters on the held-out rows of a run, of all its sources; compiles at a stage's first call."""
 
-    def __init__(self):
+    def __init__(self, config: Config):
+        self._config = config
         self._scores: dict[int, Callable] = {}
+
+    def config_of(self, program: Program) -> Config:
+        """What is scored in a stage: rows of its length, of what the whole run holds out."""
+        return replace(program.config, data=self._config.data)
 
     def score(self, program: Program, params: dict) -> Perplexity:
         """In a thread, so that a signal is noticed at once; then it raises Interrupted."""
         return run_interruptible(lambda: self._score_all(program, params))
 
     def _score_all(self, program: Program, params: dict) -> Perplexity:
-        config = program.config
+        config = self.config_of(program)
         make = lambda: jax.jit(make_score(program.blueprint.model, config.train.loss_chunk_size))  # noqa: E731
         score = self._scores.setdefault(program.stage.number, make())
         batches = data.heldout_batches(config, config.evaluation.max_rows)
@@ -96,7 +102,7 @@ def finish(
     program: Program, corpus: data.Corpus, folder: Workdir, heldout: HeldOut, state: TrainState
 ) -> dict[str, Any]:
     """Held-out loss, its yardstick, the loss curve and a sample: printed, and written to evaluation/."""
-    config = program.config
+    config = heldout.config_of(program)
     result: dict[str, Any] = {"step": int(state.step), "parameters": count_parameters(program.blueprint.shapes)}
     scored = data.heldout_documents(config, config.evaluation.max_rows)
     baselines = {}

@@ -1,6 +1,7 @@
 """Batches: any training batch from its index, the held-out pass, and a reader that stays ahead of the trainer."""
 
 import functools
+import hashlib
 import itertools
 import json
 import sys
@@ -158,8 +159,8 @@ def _packer(config: Config, part: Part, documents: Collection | Task, seed: int,
             )
         return Lanes(documents, seed, length, lanes)
     if config.data.packing == "best_fit":
-        fingerprint = part.fingerprint if documents is part.train else f"{documents.total:016x}{part.fingerprint}"
-        plan = load_plan(documents, fingerprint, length, seed, start_token)
+        chosen = f"{part.fingerprint} {len(documents)} {documents.total}"
+        plan = load_plan(documents, hashlib.sha256(chosen.encode()).hexdigest(), length, seed, start_token)
         if not len(plan):
             raise UserError(
                 f'data.sources "{part.name}": no document has two tokens, so that nothing can be predicted.'

@@ -19,6 +19,7 @@ from lcx.config import Config, SourceConfig
 from lcx.data import batch, check_data, heldout_batches
 from lcx.data import prepare as prepare_module
 from lcx.data.prepare import prepare
+from lcx.data.readers import Job, read_job, split_job
 from lcx.data.sources import load_corpus
 from lcx.data.store import PIECE, ShardWriter
 from lcx.errors import UserError
@@ -147,6 +148,18 @@ def test_all_formats_give_the_same_documents(tmp_path, kind):
     assert sorted(all_texts(folder, **fields)) == sorted(TEXTS)
     prepare(source(folder, **fields), tmp_path / "out", job_bytes=3000)
     assert sorted(all_texts(tmp_path / "out")) == sorted(TEXTS)
+
+
+def test_a_file_of_lines_can_be_cut_at_any_byte(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (1, 5, 2)) + '{"text": "last"}')
+    mine, size = source(file), file.stat().st_size
+    whole = [record.pieces for record in read_job(mine, Job("a.jsonl", file, size))]
+    assert len(whole) == 4
+    for cut in range(1, size):
+        parts = [Job("a.jsonl", file, size, 0, cut), Job("a.jsonl", file, size, cut, size)]
+        assert [record.pieces for job in parts for record in read_job(mine, job)] == whole, cut
+    assert [job[3:] for job in split_job(Job("a.jsonl", file, 10), "jsonl", 4)] == [(0, 3), (3, 6), (6, 10)]
 
 
 def test_a_column_of_another_name(tmp_path):
