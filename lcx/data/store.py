@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,6 +195,16 @@ class BadRecords:
             )
 
 
+class _Part(NamedTuple):
+    """What is wanted of one record."""
+
+    record: int
+    document: int
+    size: int  # tokens of the record
+    here: slice  # of the record's tokens
+    there: slice  # where they go
+
+
 class Stored:
     """A collection in shards. A document that cannot be read has its length, tokens 0, and no weight in the loss."""
 
@@ -232,35 +242,35 @@ class Stored:
     def read(self, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Collection."""
         ends = np.cumsum(counts)
-        tokens, weights = np.zeros(int(ends[-1]) if len(ends) else 0, np.int32), np.ones(0, np.float32)
+        tokens = np.zeros(int(counts.sum()), np.int32)
         weights = np.ones(tokens.shape, np.float32)
         shards = np.searchsorted(self._first, documents, side="right") - 1
         for shard in np.unique(shards).tolist():
-            wanted = []  # (record, document, first token of the record, where the span's tokens go, its first token)
+            parts = []
             for i in np.flatnonzero(shards == shard).tolist():
                 document, start, count = int(documents[i]), int(starts[i]), int(counts[i])
-                record = self._record(shard, document)
-                for piece in range(start // PIECE, -(-(start + count) // PIECE)):
-                    wanted.append((record + piece, document, piece * PIECE, int(ends[i]) - count, start, count))
-            contents = self._contents(shard, [item[0] for item in wanted])
-            for content, (_, document, base, place, start, count) in zip(contents, wanted, strict=True):
-                low, high = max(start, base), min(start + count, base + PIECE)
-                here = slice(place + low - start, place + high - start)
-                size = min(PIECE, int(self._lengths[document]) - base)
-                found = self._decode(content, size)
+                parts += self._parts(shard, document, start, start + count, int(ends[i]) - count)
+            contents = self._contents(shard, [part.record for part in parts])
+            for part, content in zip(parts, contents, strict=True):
+                found = self._decode(content, part.size)
                 if isinstance(found, str):
-                    self._bad.add(self._split, document, self.name(document), found)
-                    weights[here] = 0
+                    self._bad.add(self._split, part.document, self.name(part.document), found)
+                    weights[part.there] = 0
                 else:
-                    tokens[here] = found[0][low - base : high - base]
-                    weights[here] = found[1][low - base : high - base]
+                    tokens[part.there], weights[part.there] = found[0][part.here], found[1][part.here]
         return tokens, weights
 
-    def _record(self, shard: int, document: int) -> int:
-        """The first record of a document in its shard."""
+    def _parts(self, shard: int, document: int, start: int, stop: int, place: int) -> list["_Part"]:
+        """The records that hold the tokens [start, stop) of a document, which go to `place` and on."""
         within = document - int(self._first[shard])
-        long = int(np.searchsorted(self._long[shard], within))
-        return within + int(self._more[shard][long])
+        first = within + int(self._more[shard][np.searchsorted(self._long[shard], within)])
+        length, parts = int(self._lengths[document]), []
+        for number in range(start // PIECE, -(-stop // PIECE)):
+            base = number * PIECE
+            low, high = max(start, base), min(stop, base + PIECE)
+            here, there = slice(low - base, high - base), slice(place + low - start, place + high - start)
+            parts.append(_Part(first + number, document, min(PIECE, length - base), here, there))
+        return parts
 
     def _contents(self, shard: int, records: list[int]) -> Iterable[bytes | str]:
         """The bytes of records, or what is wrong with one."""
