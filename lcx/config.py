@@ -8,11 +8,13 @@ mixer's options, the pattern) is validated where the model is built.
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from ml_collections import ConfigDict
@@ -38,6 +40,11 @@ class Section:
     def to_dict(self) -> dict:
         """The same as dicts, lists and scalars, for JSON; `from_dict` of it gives an equal instance."""
         return plain(asdict(self))
+
+    @cached_property
+    def key(self) -> str:
+        """`to_dict` as JSON: equal for equal sections, and hashable, so that functions of it can be cached by it."""
+        return json.dumps(self.to_dict(), sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +76,24 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One corpus of the mixture."""
 
-    name: str  # in reports
+    name: str  # in reports, and in the weights of a stage
     path: str  # file or folder; "stdlib" is the source code of the running Python's standard library
-    format: str = "auto"  # auto: by the file names
-    weight: float = limited(1.0, above=0)  # share of the mixture, relative to the other sources'
+    format: str = "auto"  # a name of lcx.data.readers.FORMATS; auto: by the file names
+    weight: float = limited(1.0, above=0)  # share of the mixture's rows, relative to the other sources'
+    loss_weight: float = limited(1.0, minimum=0)  # of each of its tokens in the loss; 0: read, never a target
+    # Shortest length in tokens: how much more often than by chance documents of that length are read, up to the next
+    # length of the mapping: {"0": 1, "8192": 4}. Empty: all alike.
+    length_weights: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the format, or of a synthetic task
+
+    def __post_init__(self):
+        borders = [name for name in self.length_weights if not name.isdigit()]
+        if borders:
+            raise UserError(
+                f'data.sources "{self.name}": length_weights are by length in tokens, like "8192", not "{borders[0]}".'
+            )
+        if any(weight < 0 for weight in self.length_weights.values()):
+            raise UserError(f'data.sources "{self.name}": length_weights must be at least 0.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +105,11 @@ class DataConfig(Section):
     # A token that every document begins with, and every row that goes on with one: a trained attention sink. It is
     # never predicted. A special token of the tokenizer, or a number above all of its tokens. None: there is none.
     start_token: int | None = limited(None, minimum=0)
-    packing: Literal["concatenate"] = "concatenate"  # documents end to end, cut into rows
+    # concatenate: documents end to end, cut into rows; best_fit: whole where they fit, several to a row
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
     workers: int = limited(2, minimum=0)  # threads that read ahead; 0 reads in line
+    worker_processes: int = limited(0, minimum=0, maximum=64)  # processes that read ahead, instead of threads
+    max_bad_records: int = limited(100, minimum=0)  # unreadable documents of prepared data that a run gets over
     seed: int = limited(0, minimum=0, maximum=SEED_LIMIT)  # of shuffling
 
     def __post_init__(self):
@@ -97,6 +121,18 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig(Section):
+    """What changes from a step on; what is None stays as the run began. A stage reads its data from the beginning, in
+    an order of its own."""
+
+    step: int = limited(minimum=0)  # the first data_index of the stage
+    sequence_length: int | None = limited(None, minimum=1)
+    batch_size: int | None = limited(None, minimum=1)
+    rope_base: float | None = limited(None, above=0)  # of all mixers that have rotary positions
+    weights: Mapping[str, float] | None = None  # the mixture, by source; sources that are not named are not read
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """The length and the shape of a run."""
 
@@ -104,6 +140,8 @@ class TrainConfig(Section):
     batch_size: int = limited(8, minimum=1)  # sequences a step
     sequence_length: int = limited(512, minimum=1)  # tokens a sequence
     accumulate: int = limited(1, minimum=1)  # micro-batches that a step's gradient is summed over
+    carry_state: bool = False  # each row goes on from the state that its row of the step before left behind
+    stages: tuple[StageConfig, ...] = ()  # changes of length, batch, mixture and positions, in the order of their steps
     loss_chunk_size: int = limited(1024, minimum=1)  # tokens whose logits exist at one time
     z_loss: float = limited(0.0, minimum=0)  # weight of the mean squared log-sum-exp of the logits
     seed: int = limited(0, minimum=0, maximum=SEED_LIMIT)  # of initialisation
@@ -111,6 +149,18 @@ class TrainConfig(Section):
     def __post_init__(self):
         if self.batch_size % self.accumulate:
             raise UserError(f"train.accumulate = {self.accumulate} must divide train.batch_size = {self.batch_size}.")
+        previous = -1
+        for i, stage in enumerate(self.stages):
+            if stage.step <= previous:
+                raise UserError(
+                    f"train.stages[{i}].step = {stage.step} goes backwards: the stage before begins at {previous}."
+                )
+            previous = stage.step
+            if stage.batch_size and stage.batch_size % self.accumulate:
+                raise UserError(
+                    f"train.accumulate = {self.accumulate} must divide train.stages[{i}].batch_size = "
+                    f"{stage.batch_size}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +249,27 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    def __post_init__(self):
+        sources = [source.name for source in self.data.sources]
+        for i, stage in enumerate(self.train.stages):
+            weights = stage.weights
+            if weights is None:
+                continue
+            for name, weight in weights.items():
+                if name not in sources:
+                    raise UserError(
+                        f'train.stages[{i}].weights: no source is called "{name}": {suggest(name, sources)}'
+                    )
+                if weight < 0:
+                    raise UserError(f"train.stages[{i}].weights.{name} must be at least 0, not {weight:g}.")
+            if not sum(weights.values()):
+                raise UserError(f"train.stages[{i}].weights are all 0: nothing would be read.")
+        if self.train.carry_state and self.data.packing != "concatenate":
+            raise UserError(
+                f"train.carry_state needs data.packing=concatenate, not {self.data.packing}: a carried state goes on "
+                "with a document where the row before ended."
+            )
+
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """An instance from a ConfigDict, a mapping or an instance (validated again); raises UserError."""
@@ -278,6 +349,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     for step in parents:
         if path == "model.mixers" and last == "type" and hasattr(node, "items") and step not in node:
             node[step] = {}
+        if path.startswith("data.sources[") and hasattr(node, "items") and step not in node:
+            node[step] = {}  # a source's options, which a file may leave out
         node, path = _child(node, step, path), _extend(path, step)
     open_record = path.startswith(OPEN_RECORDS)
     is_new = open_record and hasattr(node, "items") and last not in node

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -72,3 +73,9 @@ def sync(path: epath.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder(name: str) -> Path:
+    """Where this user keeps what can be made again: `name` in $XDG_CACHE_HOME/lcx, or in ~/.cache/lcx."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lcx" / name

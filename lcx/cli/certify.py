@@ -178,7 +178,7 @@ def training(config: Config, mesh: Mesh) -> Deviation:
     differentiate = make_gradients(config, plan)
 
     def results(params: dict, batch: dict) -> dict[str, Any]:
-        gradient, metrics = differentiate(params, batch)
+        gradient, metrics, _ = differentiate(params, batch)
         return {"loss": metrics.pop("loss"), "gradient": gradient, "metrics": metrics}
 
     layout = {name: activation_sharding(axes, mesh, plan.rules) for name, axes in BATCH_AXES.items()}

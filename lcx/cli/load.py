@@ -1,6 +1,7 @@
 """`lcx.load`: a trained model and its tokenizer, from a run's workdir."""
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
@@ -10,6 +11,7 @@ from lcx.errors import UserError
 from lcx.files import read_json
 from lcx.models import LanguageModel
 from lcx.training.checkpointing import read_newest
+from lcx.training.stages import model_stage_at
 from lcx.training.train_state import blueprint
 
 
@@ -26,8 +28,10 @@ def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
     plan = blueprint(config)
     device = SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), plan.shapes)
-    found = read_newest(folder / "checkpoints", {"params": wanted})
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=device)
+    found = read_newest(folder / "checkpoints", {"params": wanted, "data_index": index})
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
     _, tree = found
-    return plan.model(tree["params"]), load_tokenizer(config.data.tokenizer, config.data.start_token)
+    stage = model_stage_at(config, max(0, int(tree["data_index"]) - 1))  # of the checkpoint's last step
+    return blueprint(stage.config).model(tree["params"]), load_tokenizer(config.data.tokenizer, config.data.start_token)

@@ -12,6 +12,7 @@ from lcx.errors import UserError, suggest
 VERBS = {
     "train": ("lcx.cli.train", "train a model, or go on with a run"),
     "generate": ("lcx.cli.generate", "write text with a trained model"),
+    "prepare_data": ("lcx.cli.prepare_data", "turn a corpus into shards of tokens"),
     "verify": ("lcx.cli.verify", "try a config on a mesh: same numbers as one device?"),
     "benchmark": ("lcx.cli.benchmark", "time lcx beside its alternatives"),
 }

@@ -1,7 +1,8 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import interrupted, run_interruptible
 from lcx.training.telemetry import Silence, Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, fit, make_program
+from lcx.training.trainer import Program, fit, make_programs, program_at
 from lcx.training.workdir import Workdir, open_workdir
 
+YARDSTICK = 2**28  # tokens of each source of prepared data that the bigram model is counted on
 PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the model writes after them
 
 
@@ -33,26 +35,28 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     processes.join()
     interrupted.patient = jax.process_count() > 1
     use_compilation_cache()
-    program = make_program(config)
-    corpus = data.training_corpus(config)
+    programs = make_programs(config)
+    corpus = data.check_data(config)
     processes.check_same({"version of lcx": __version__, "config": config.to_dict(), "data": corpus.fingerprint})
     with ExitStack() as stack:
         lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
         processes.on_first(lambda: stack.enter_context(lock) and None)
         folder = Workdir.at(workdir)
-        speaker()(describe(program, corpus, folder), flush=True)
-        heldout = HeldOut(program)
+        speaker()(describe(programs, corpus, folder), flush=True)
+        heldout = HeldOut(config)
+        rows = [program.rows for program in programs]
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
         try:
             state = fit(
-                program,
+                programs,
                 checkpoints,
                 telemetry=lambda step: report(config, folder, step),
-                batches=lambda data_index: data.read_ahead(config, data_index, program.rows),
-                evaluate=lambda params, step: {"heldout_loss": heldout.score(params).loss},
+                batches=lambda data_index: data.read_ahead(config, data_index, rows),
+                evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
             )
         finally:
             checkpoints.close()
+        program = program_at(programs, int(state.data_index) - 1)  # of the last step
         return finish(program, corpus, folder, heldout, state)
 
 
@@ -71,43 +75,49 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def describe(program: Program, corpus: data.Corpus, folder: Workdir) -> str:
+def describe(programs: Sequence[Program], corpus: data.Corpus, folder: Workdir) -> str:
     """What is about to be trained, for people."""
-    config = program.config
+    program, config = programs[0], programs[0].config
     tokens = config.train.batch_size * config.train.sequence_length
     mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    documents, total = sum(map(len, corpus.collections)), sum(part.total for part in corpus.collections)
     return (
         f"{config.model.family}: {count_parameters(program.blueprint.shapes):,} parameters, {tokens:,} tokens a step "
         f"on {mesh} ({jax.devices()[0].device_kind})\n"
-        f"data: {len(corpus.train):,} documents, {corpus.train.tokens.size:,} tokens; held out "
+        f"data: {documents:,} documents, {total:,} tokens; held out "
         f"{len(corpus.heldout):,} documents, {corpus.heldout.tokens.size:,} tokens\n"
         f"workdir: {folder.path}; compiling (seconds to minutes, kept for the next time)"
     )
 
 
 class HeldOut:
-    """Scores parameters on the held-out rows of a run; compiles at the first call."""
+    """Scores parameters on the held-out rows of a run, of all its sources; compiles at a stage's first call."""
 
-    def __init__(self, program: Program):
-        self._program = program
-        self._score = jax.jit(make_score(program.blueprint.model, program.config.train.loss_chunk_size))
-        self._compiled: Callable | None = None
+    def __init__(self, config: Config):
+        self._config = config
+        self._scores: dict[int, Callable] = {}
 
-    def score(self, params: dict) -> Perplexity:
+    def config_of(self, program: Program) -> Config:
+        """What is scored in a stage: rows of its length, of what the whole run holds out."""
+        return replace(program.config, data=self._config.data)
+
+    def score(self, program: Program, params: dict) -> Perplexity:
         """In a thread, so that a signal is noticed at once; then it raises Interrupted."""
-        return run_interruptible(lambda: self._score_all(params))
+        return run_interruptible(lambda: self._score_all(program, params))
 
-    def _score_all(self, params: dict) -> Perplexity:
-        config = self._program.config
-        batches = data.heldout_batches(config, config.evaluation.max_rows, self._program.rows)
-        with self._program.on_mesh():
-            return perplexity(lambda batch: self._call(params, self._program.put(batch)), batches)
+    def _score_all(self, program: Program, params: dict) -> Perplexity:
+        config = self.config_of(program)
+        batches = data.heldout_batches(config, config.evaluation.max_rows, program.rows)
+        with program.on_mesh():
+            return perplexity(lambda batch: self._call(program, params, program.put(batch)), batches)
 
-    def _call(self, params: dict, batch: dict[str, jax.Array]) -> tuple:
-        if self._compiled is None:
-            self._compiled = self._score.lower(params, batch).compile()
+    def _call(self, program: Program, params: dict, batch: dict[str, jax.Array]) -> tuple:
+        stage = program.stage.number
+        if stage not in self._scores:
+            score = make_score(program.blueprint.model, program.config.train.loss_chunk_size)
+            self._scores[stage] = jax.jit(score).lower(params, batch).compile()
             processes.meet()
-        return self._compiled(params, batch)
+        return self._scores[stage](params, batch)
 
 
 def finish(
@@ -117,21 +127,21 @@ def finish(
 
     All processes compute; the first one says and writes what came of it.
     """
-    config, say = program.config, speaker()
+    config, say = heldout.config_of(program), speaker()
     result: dict[str, Any] = {"step": int(state.step), "parameters": count_parameters(program.blueprint.shapes)}
     scored = data.heldout_documents(config, config.evaluation.max_rows)
     baselines = {}
     anything = scored.tokens.size > len(scored)  # a document's first token is not predicted
     if anything:
         say(f"scoring {scored.tokens.size:,} held-out tokens", flush=True)
-        score = heldout.score(state.params)
+        score = heldout.score(program, state.params)
         result |= {"loss": score.loss, "bits_per_token": score.bits_per_token, "tokens": score.tokens}
         unit = "byte" if config.data.tokenizer == "bytes" else "token"
         say(f"held-out loss: {score.bits_per_token:.3f} bits per {unit} over {score.tokens:,} {unit}s")
     else:
         say("nothing of this corpus is held out, so there is no held-out loss")
-    if anything and config.data.tokenizer == "bytes":
-        train, start = corpus.train, config.data.start_token
+    if anything and config.data.tokenizer == "bytes" and corpus.collections and scored.scored is None:
+        train, start = data.joined(corpus.collections, YARDSTICK), config.data.start_token
         bigram = bigram_bits_per_byte(train.tokens, train.offsets, scored.tokens, scored.offsets, start)
         baselines["byte bigram"] = result["bigram_bits_per_token"] = bigram
         say(f"byte-bigram model on the same bytes: {bigram:.3f} bits per byte", end="")
@@ -142,7 +152,9 @@ def finish(
         points = {result["step"]: result["bits_per_token"]} if anything else {}
         plot_loss(folder.metrics, folder.evaluation / "heldout.png", baselines, points)
     say(f"loss curve: {folder.evaluation / 'heldout.png'}")
-    show_sample(program, folder, state, scored if len(scored) else corpus.train)
+    documents = scored if len(scored) else data.joined(corpus.collections, PROMPT)
+    if len(documents):
+        show_sample(program, folder, state, documents)
     return result
 
 

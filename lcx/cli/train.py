@@ -4,28 +4,39 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lcx.cli.flags import CONFIG, WORKDIR, Flag, parse, read_config
+from lcx.errors import UserError
 from lcx.training import preemption  # the standard library alone: signals are caught before the heavy imports
 
 if TYPE_CHECKING:
     from lcx.config import Config
 
 SUMMARY = "Trains a model. The same command with the same workdir goes on where the run was."
-DRY_RUN = Flag("dry_run", "print how each parameter is laid out over the mesh, and train nothing", bool, False)
+DRY_RUN = Flag("dry_run", "prints how each parameter is laid out over the mesh, and trains nothing", bool, False)
+INSPECT = Flag("inspect_data", "shows so many batches as text instead of training", int, 0, limits={"lower_bound": 0})
 INTERRUPTED = 75  # what a scheduler takes as: start me again
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code. An interrupted run is saved and ends the process with 75."""
-    values = parse("train", SUMMARY, [CONFIG, WORKDIR, DRY_RUN], argv)
+    values = parse("train", SUMMARY, [CONFIG, replace(WORKDIR, required=False), DRY_RUN, INSPECT], argv)
     config = read_config(values)
     if values.dry_run:
         from lcx.cli.dry_run import layout  # takes seconds: JAX, flax
 
         print(layout(config))
         return 0
+    if values.inspect_data:
+        from lcx.cli.inspect_data import inspect_data
+        from lcx.config import Config
+
+        inspect_data(Config.from_dict(config), values.inspect_data)
+        return 0
+    if not values.workdir:
+        raise UserError(f"lcx train needs --{WORKDIR.name}: {WORKDIR.help}.")
     preemption.install()
     try:
         train(config, values.workdir)

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from lcx.errors import UserError
 from lcx.files import is_local, read_json, sync, temporary_name, write_json
@@ -96,21 +98,25 @@ class Checkpoints:
             with suppress(Exception):  # what `wait` did not raise, it raised before
                 self._orbax.close()
 
-    def restore(self, abstract_state: Tree) -> tuple[int, Tree] | None:
+    def restore(self, abstract_state: Tree | Callable[[int], Tree]) -> tuple[int, Tree] | None:
         """The newest checkpoint that is whole, as (step, state); None where there is none.
 
         A damaged checkpoint is named, renamed to `<step>.damaged`, and the one before it is used.
 
         Args:
           abstract_state: the state as a pytree of `jax.ShapeDtypeStruct`s with shardings, onto which it is restored,
-            from whatever mesh it was saved on.
+            from whatever mesh it was saved on; or the function that gives it for the `data_index` of the checkpoint.
 
         Raises:
           UserError: the checkpoint is another model's (structure, a shape or a dtype differ).
         """
         self.wait()
         step = processes.on_first(self._newest_whole)
-        return None if step is None else (step, _load(self._folder, step, abstract_state))
+        if step is None:
+            return None
+        if callable(abstract_state):
+            abstract_state = abstract_state(_data_index(self._folder, step))
+        return step, _load(self._folder, step, abstract_state)
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -243,6 +249,12 @@ def _load(folder: epath.Path, step: int, abstract: Tree, partial: bool = False) 
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
         return reader.restore(folder / str(step), args=args)
+
+
+def _data_index(folder: epath.Path, step: int) -> int:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    part = {"data_index": jax.ShapeDtypeStruct((), np.int32, sharding=here)}
+    return int(_load(folder, step, part, partial=True)["data_index"])
 
 
 def _remove_remnants(folder: epath.Path) -> None:

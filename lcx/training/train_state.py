@@ -1,6 +1,6 @@
 """Everything that a run is at one step, as one pytree."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from lcx.config import Config
 from lcx.models import LanguageModel
 from lcx.parallel.sharding import Rules, parameter_shardings, rules_of
 from lcx.params import declarations, split
+from lcx.training.carried_state import abstract_carried, empty
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +26,7 @@ class TrainState:
     step: jax.Array  # int32 []: steps done
     data_index: jax.Array  # int32 []: the next batch's index
     rng: jax.Array  # typed key []
+    carried: dict = field(default_factory=dict)  # what rows carry on: see lcx.training.carried_state
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ def blueprint(config: Config) -> Blueprint:
     return Blueprint(graphdef, shapes, declared, rules_of(config.mesh, axes))
 
 
-def abstract_state(plan: Blueprint, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(
+    config: Config, plan: Blueprint, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
     """The state's shapes, dtypes and shardings on a mesh: what a checkpoint is restored onto.
 
-    Optimizer statistics are sharded like their parameters; scalars are on every device.
+    Optimizer statistics are sharded like their parameters, carried states like a batch; scalars are on every device.
+    Raises UserError for states that cannot be carried.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = parameter_shardings(plan.shapes, plan.declarations, mesh, plan.rules)
@@ -72,6 +77,7 @@ def abstract_state(plan: Blueprint, optimizer: optax.GradientTransformation, mes
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         data_index=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         rng=place(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        carried=abstract_carried(config, plan.model(plan.shapes), mesh),
     )
 
 
@@ -81,6 +87,7 @@ def create_state(config: Config, optimizer: optax.GradientTransformation, abstra
     def create() -> TrainState:
         _, params = split(LanguageModel(config.model, nnx.Rngs(config.train.seed)))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), zero, zero, jax.random.key(config.train.seed))
+        rng = jax.random.key(config.train.seed)
+        return TrainState(params, optimizer.init(params), zero, zero, rng, empty(abstract.carried))
 
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -10,6 +10,7 @@ from lcx.config import Config
 from lcx.models.cross_entropy import token_losses
 from lcx.parallel.sharding import constrain
 from lcx.params import path_name
+from lcx.training.carried_state import cut, enter, join, leave
 from lcx.training.schedules import schedule_shape
 from lcx.training.train_state import Blueprint, TrainState
 
@@ -28,7 +29,8 @@ def make_train_step(
     differentiate = make_gradients(config, plan)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics = differentiate(state.params, batch)
+        before = enter(state.carried, state.data_index)
+        gradients, metrics, after = differentiate(state.params, batch, before)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
@@ -37,40 +39,49 @@ def make_train_step(
             "learning_rate": config.optimizer.learning_rate * shape(state.step),
             "batch_hash": batch_hash(batch),
         }
-        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng), metrics
+        carried = leave(state.carried, after, state.data_index)
+        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng, carried), metrics
 
     return step
 
 
-def make_gradients(config: Config, plan: Blueprint) -> Callable[[dict, Batch], tuple[dict, Metrics]]:
-    """The function (parameters, batch) -> (gradients of the loss, metrics: "loss" and the mixers').
+def make_gradients(config: Config, plan: Blueprint) -> Callable[..., tuple[dict, Metrics, dict | None]]:
+    """The function (parameters, batch, state=None) -> (gradients of the loss, metrics: "loss" and the mixers', state).
+
+    The rows begin with the given state of the model, which no gradient flows into; None is an empty one. The state
+    that is returned is the one after the rows, or None where none was given.
 
     The loss is the mean over the tokens of the whole batch, by their weights, however many pieces the batch is
     accumulated from and whichever of them hold no token that counts.
     """
     accumulate = config.train.accumulate
 
-    def loss(params: dict, batch: Batch, total_weight: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: dict, batch: Batch, state: dict | None, total_weight: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, dict | None]]:
         model = plan.model(params)
-        hidden, _, aux = model.hidden(batch["tokens"], None, batch["positions"], batch["segment_ids"])
+        hidden, after, aux = model.hidden(batch["tokens"], state, batch["positions"], batch["segment_ids"])
         losses, log_denominators = token_losses(model.logits, hidden, batch["targets"], config.train.loss_chunk_size)
         weights = batch["loss_weights"].astype(losses.dtype) / total_weight
         mean = jnp.sum(weights * losses)
         total = mean + config.train.z_loss * jnp.sum(weights * jnp.square(log_denominators))
         for value in collect(aux, "losses").values():
             total += value / accumulate
-        return total, {"loss": accumulate * mean, "histograms": histograms(aux)} | collect(aux, "metrics")
+        metrics = {"loss": accumulate * mean, "histograms": histograms(aux)} | collect(aux, "metrics")
+        return total, (metrics, None if state is None else after)
 
-    def differentiate(params: dict, batch: Batch) -> tuple[dict, Metrics]:
+    def differentiate(params: dict, batch: Batch, state: dict | None = None) -> tuple[dict, Metrics, dict | None]:
         weight = total_weight(batch["loss_weights"])
 
-        def add(gradients: dict, piece: Batch) -> tuple[dict, Metrics]:
-            new, metrics = jax.grad(loss, has_aux=True)(params, piece, weight)
-            return jax.tree.map(jnp.add, gradients, new), metrics
+        def add(gradients: dict, piece: tuple[Batch, dict | None]) -> tuple[dict, tuple[Metrics, dict | None]]:
+            new, results = jax.grad(loss, has_aux=True)(params, *piece, weight)
+            return jax.tree.map(jnp.add, gradients, new), results
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        gradients, metrics = jax.lax.scan(add, zeros, _pieces(batch, accumulate))
-        return gradients, jax.tree.map(lambda piece: jnp.mean(piece, axis=0), metrics)
+        pieces = (_pieces(batch, accumulate), cut(state, accumulate))
+        gradients, (metrics, after) = jax.lax.scan(add, zeros, pieces)
+        metrics = jax.tree.map(lambda piece: jnp.mean(piece, axis=0), metrics)
+        return gradients, metrics, None if after is None else join(after)
 
     return differentiate
 

@@ -1,9 +1,9 @@
 """The loop: a run is a fold of `train_step` over batches, with reports and checkpoints on the side."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -15,9 +15,12 @@ from lcx.errors import UserError
 from lcx.parallel import processes
 from lcx.parallel.mesh import make_mesh
 from lcx.parallel.sharding import Rules, activation_sharding, batch_shards, on_mesh, shards, spec
+from lcx.stages import Stage
+from lcx.training.carried_state import empty
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.optimizers import make_optimizer
 from lcx.training.preemption import Interrupted, interrupted, run_interruptible
+from lcx.training.stages import model_stages
 from lcx.training.telemetry import Telemetry
 from lcx.training.train_state import Blueprint, TrainState, abstract_state, blueprint, create_state
 from lcx.training.train_step import make_train_step
@@ -30,12 +33,17 @@ Batches = Callable[[int], Generator[tuple[int, HostBatch]]]  # from a data_index
 class Program:
     """What a config trains, before any value exists: made once, in the order in which mistakes should be found."""
 
-    config: Config
+    stage: Stage
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
     abstract: TrainState  # shapes, dtypes and shardings
     create: Callable[[], TrainState]
     step: Callable  # (state, batch) -> (state, metrics)
+
+    @property
+    def config(self) -> Config:
+        """Of the stage alone."""
+        return self.stage.config
 
     @cached_property
     def batch_shardings(self) -> dict[str, NamedSharding]:
@@ -67,25 +75,42 @@ class Program:
         """Where programs over the run's arrays are traced: its mesh and its rules, in this thread."""
         return on_mesh(self.mesh, self.blueprint.rules)
 
+    def enter(self, state: TrainState) -> TrainState:
+        """The state of the stage before as this stage goes on with it: its rows carry nothing over."""
+        if not self.abstract.carried:
+            return state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.carried)
+        return replace(state, carried=jax.jit(lambda: empty(self.abstract.carried), out_shardings=shardings)())
+
 
 BATCH_AXES = {name: ("batch", "time") for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")} | {
     "row_index": ("batch",)
 }
 
 
-def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
-    """Builds the model abstractly, on the config's mesh over all visible devices or on another one.
+def make_programs(config: Config, mesh: jax.sharding.Mesh | None = None) -> tuple[Program, ...]:
+    """A program for each stage of a run, in order: the model abstractly, on a mesh.
 
-    A mesh of devices that are not here, or of none (an AbstractMesh), serves to lower the step, or to look at it.
-    Raises UserError for what cannot be trained.
+    mesh: None for the config's over all visible devices. One of devices that are not here, or of none (an
+    AbstractMesh), serves to lower the step, or to look at it. Raises UserError for what cannot be trained.
     """
+    return tuple(_make_program(stage, mesh) for stage in model_stages(config))
+
+
+def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
+    """The program of a run's first stage, which is all of most runs; see `make_programs`."""
+    return _make_program(model_stages(config)[0], mesh)
+
+
+def _make_program(stage: Stage, mesh: jax.sharding.Mesh | None) -> Program:
+    config = stage.config
     plan = blueprint(config)
     mesh = mesh or make_mesh(config.mesh)
     check_batch(config, mesh, plan.rules)
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
-    abstract = abstract_state(plan, optimizer, mesh)
+    abstract = abstract_state(config, plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
-    return Program(config, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
+    return Program(stage, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
@@ -124,49 +149,68 @@ def lower_step(program: Program) -> jax.stages.Lowered:
         return step.lower(program.abstract, batch)
 
 
+def program_at(programs: Sequence[Program], data_index: int) -> Program:
+    """The program of the stage that a data index lies in."""
+    return next(program for program in reversed(programs) if program.stage.first_index <= data_index)
+
+
 def fit(
-    program: Program,
+    programs: Sequence[Program],
     checkpoints: Checkpoints,
     telemetry: Callable[[int], Telemetry],
     batches: Batches,
-    evaluate: Callable[[dict, int], dict[str, float]],
+    evaluate: Callable[[dict, Program], dict[str, float]],
 ) -> TrainState:
     """Trains to train.steps, from the newest checkpoint if there is one.
 
     Args:
-      program: what is trained.
+      programs: what is trained, of each stage.
       checkpoints: of the run.
       telemetry: opens the run's reports from the step that it goes on from.
       batches: reads batches from a data_index on.
-      evaluate: (parameters, step) to scalars for the step's line of metrics; called every evaluation.every steps.
+      evaluate: (parameters, the stage's program) to scalars for the step's line of metrics; called every
+        evaluation.every steps.
 
     Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
     of several processes all stop after the same step.
     """
-    config = program.config
-    restored = checkpoints.restore(program.abstract)
-    saved, state = restored or (None, run_interruptible(program.create))
+    config = programs[0].config  # steps, and when to do what, are those of all stages
+    restored = checkpoints.restore(lambda data_index: program_at(programs, data_index).abstract)
+    saved, state = restored or (None, run_interruptible(programs[0].create))
     step = saved or 0
     if step >= config.train.steps:
         return state
+    program = program_at(programs, int(state.data_index))
     train_step = run_interruptible(lambda: lower_step(program).compile())
     processes.meet()
     with telemetry(step) as report, closing(batches(int(state.data_index))) as reader:
         if step:
             report.say(f"going on from step {step}")
-        log = _StepLog(config, report, step)
+        log = _StepLog(config, report)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
         stopped = processes.any_asks(program.mesh, interrupted.is_set)
         while step < config.train.steps and not stopped():
+            asked = time.perf_counter()
             data_index, batch = next(reader)
+            log.waited += time.perf_counter() - asked
             state, metrics = train_step(state, program.put(batch))
             if late:
                 log(*late)
             step += 1
-            scores = _scores(evaluate, state, step) if _due(step, config.evaluation.every) else {}
-            late = (step, data_index, metrics, scores)
+            scores = _scores(evaluate, state, program) if _due(step, config.evaluation.every) else {}
+            late = (step, data_index, metrics, scores, program)
+            following = program_at(programs, data_index + 1)
+            if following is not program:
+                log(*late)
+                late, program = None, following
+                state = program.enter(state)  # before a checkpoint, which the next stage is restored from
+                if step < config.train.steps:
+                    report.say(f"stage {program.stage.number} from data index {program.stage.first_index}: compiling")
+                    train_step = run_interruptible(lambda: lower_step(program).compile())  # noqa: B023
+                    processes.meet()
             if _due(step, config.checkpoint.every):
-                log(*late)  # before the checkpoint: a resumed run logs only what comes after it
+                if late:
+                    log(*late)  # before the checkpoint: a resumed run logs only what comes after it
                 checkpoints.save(step, state)
                 saved, late = step, None
         if late:
@@ -182,31 +226,35 @@ def fit(
 class _StepLog:
     """Turns the metrics of steps into lines of the report."""
 
-    def __init__(self, config: Config, report: Telemetry, step: int):
+    def __init__(self, config: Config, report: Telemetry):
         self.config, self.report = config, report
-        self.logged_step, self.logged_time = step, time.perf_counter()
+        self.tokens, self.waited, self.logged_time = 0, 0.0, time.perf_counter()
 
-    def __call__(self, step: int, data_index: int, metrics: dict[str, jax.Array], scores: dict[str, float]) -> None:
+    def __call__(
+        self, step: int, data_index: int, metrics: dict[str, jax.Array], scores: dict[str, float], program: Program
+    ) -> None:
         """Waits for a step to end and logs it, if it is one of those that are."""
         jax.block_until_ready(metrics)
         self.report.advance(step)
         config = self.config
+        self.tokens += program.config.train.batch_size * program.config.train.sequence_length
         if not (scores or step == config.train.steps or _due(step, config.logging.every)):
             return
         now = time.perf_counter()
-        tokens = (step - self.logged_step) * config.train.batch_size * config.train.sequence_length
-        rate = tokens / (now - self.logged_time)
-        self.logged_step, self.logged_time = step, now
+        seconds = now - self.logged_time
+        rate, data_wait = self.tokens / seconds, self.waited / seconds
+        self.tokens, self.waited, self.logged_time = 0, 0.0, now
         line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": None, "skipped": 0}
         line["tokens_per_second_per_device"] = rate / jax.device_count()
+        line["data_wait"] = data_wait  # share of the time since the last line that was spent waiting for batches
         values = jax.device_get(metrics)
         histograms = values.pop("histograms")
         self.report.log(line | values | scores, histograms)
 
 
-def _scores(evaluate: Callable, state: TrainState, step: int) -> dict[str, float]:
+def _scores(evaluate: Callable, state: TrainState, program: Program) -> dict[str, float]:
     try:
-        return evaluate(state.params, step)
+        return evaluate(state.params, program)
     except Interrupted:
         return {}  # the loop ends by itself, and saves
 

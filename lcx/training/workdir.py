@@ -19,7 +19,15 @@ from lcx.files import is_local, read_json, write_json
 
 # What may differ when a run is resumed. None of it changes what a step makes of a state and a batch, except that a
 # schedule with an end is stretched to train.steps.
-MAY_CHANGE = ("train.steps", "checkpoint.*", "evaluation.*", "logging.*", "data.workers")
+MAY_CHANGE = (
+    "train.steps",
+    "checkpoint.*",
+    "evaluation.*",
+    "logging.*",
+    "data.workers",
+    "data.worker_processes",
+    "data.max_bad_records",
+)
 
 _open: set[str] = set()  # workdirs that this process holds: its own lock would not stop it from opening one again
 

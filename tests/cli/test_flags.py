@@ -143,7 +143,8 @@ def test_the_list_of_verbs(words, capsys):
 
 def test_an_unknown_verb(capsys):
     assert main(["trian"]) == 2
-    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train, verify.\n'
+    said = 'error: unknown verb "trian": did you mean "train"? '
+    said += "Allowed: benchmark, generate, prepare_data, train, verify.\n"
     assert capsys.readouterr() == ("", said)
 
 

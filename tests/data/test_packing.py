@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcx.data import batch
-from lcx.data.packing import epoch_slots, make_batch, permute_rows
+from lcx.data.documents import Documents
+from lcx.data.packing import last_of_all, make_batch, read_piece
+from lcx.data.rows import permute_rows
+from lcx.data.shuffle import document_order
 from lcx.data.sources import load_corpus
+from lcx.data.stream import Spans
 
 # All bytes differ, so that a token says which one it is: 50 of them, in documents longer and shorter than most rows.
 DOCUMENTS = [bytes(range(a, b)) for a, b in itertools.pairwise([1, 20, 21, 22, 30, 34, 51])]
@@ -28,9 +32,9 @@ def row(config, index):
 
 def naive_stream(config, epochs):
     """(token, epoch, is its document's first) of the whole stream."""
-    documents = load_corpus(config.data).train
+    documents = load_corpus(config.data).parts[0].train
     for epoch in range(epochs):
-        for document in epoch_slots(documents, config.data.seed, epoch).order:
+        for document in document_order(len(documents), config.data.seed, epoch):
             for place in range(documents.offsets[document], documents.offsets[document + 1]):
                 yield int(documents.tokens[place]), epoch, place == documents.offsets[document]
 
@@ -140,8 +144,8 @@ def test_rows_are_permuted_among_those_that_start_in_the_epoch(total, length, se
 def test_epochs_and_seeds_reshuffle_documents_and_rows(make_config):
     config = make_config([bytes([i]) * 5 for i in range(40)], length=10, batch_size=20)
     other = make_config([bytes([i]) * 5 for i in range(40)], length=10, batch_size=20, seed=1)
-    documents = load_corpus(config.data).train
-    orders = [tuple(epoch_slots(documents, seed, epoch).order) for seed in (0, 1) for epoch in range(3)]
+    documents = load_corpus(config.data).parts[0].train
+    orders = [tuple(document_order(len(documents), seed, epoch)) for seed in (0, 1) for epoch in range(3)]
     assert len(set(orders)) == 6
     rows = np.arange(60)
     epochs = permute_rows(rows, 200, 10, 0).reshape(3, 20) - np.array([[0], [20], [40]])
@@ -153,10 +157,10 @@ def test_epochs_and_seeds_reshuffle_documents_and_rows(make_config):
 
 
 def test_padding_is_a_segment_of_its_own():
-    tokens = np.array([[5, 6, 7, 0, 0, 0]], np.int32)
-    first = np.array([[False, False, True, True, False, False]])
-    padding = np.array([[False, False, False, True, True, True]])
-    got = make_batch(tokens, first, padding, np.array([4]))
+    documents = Documents(np.arange(5, 8, dtype=np.uint8), np.array([0, 2, 3]), ["a", "b"])
+    spans = Spans(np.array([0, 1]), np.array([0, 0]), np.array([2, 1]))
+    got = make_batch([[last_of_all(read_piece(documents, spans))]], 5, np.array([4]))
+    assert got["tokens"].tolist() == [[5, 6, 7, 0, 0]] and got["targets"].tolist() == [[6, 7, 0, 0, 0]]
     assert got["segment_ids"].tolist() == [[1, 1, 2, 0, 0]]
     assert got["positions"].tolist() == [[0, 1, 0, 0, 1]]
     assert got["loss_weights"].tolist() == [[1, 0, 0, 0, 0]]

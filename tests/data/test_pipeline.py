@@ -15,7 +15,7 @@ import pytest
 import lcx.data.pipeline
 from lcx.config import Config
 from lcx.data import batch, heldout_batches, heldout_documents, read_ahead
-from lcx.data.packing import epoch_slots
+from lcx.data.stream import chapter, epoch_table
 from lcx.errors import UserError
 
 START = 256  # the start token
@@ -62,7 +62,8 @@ def test_batch_is_pure(make_config, start_token):
     indices = list(range(40)) + [10**6, 10**9]
     in_order = {index: digest([batch(config, index)]) for index in indices}
     assert len(set(in_order.values())) == len(indices)
-    epoch_slots.cache_clear()
+    chapter.cache_clear()
+    epoch_table.cache_clear()
     np.random.default_rng(0).shuffle(indices)
     for index in indices:
         assert digest([batch(config, index)]) == in_order[index]
