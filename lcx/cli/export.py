@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lcx.interop.export import Source
 
 SUMMARY = """Writes a trained model as safetensors with config, tokenizer and model card, in the form of transformers:
-LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, MambaForCausalLM or Mamba2ForCausalLM where the model is one, else
-with one file of PyTorch code beside it. What was written is read back and held beside the model: fidelity.json."""
+Llama, Mistral, Qwen3, Mamba or Mamba-2 where the model is one, else with one file of PyTorch code beside it. What was
+written is read back and held beside the model: fidelity.json."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FLAGS = [
     WORKDIR,
@@ -113,7 +113,9 @@ def facts(folder, config: Config, step: int, imported: dict | None):
 def describe(stamp: dict, out: str) -> str:
     """The stamp in a few lines, for people."""
     if not stamp["verified"]:
-        return f"{out}: unverified ({stamp['reason']}); {len(stamp['checksums'])} tensors are bitwise those of the model"
+        return (
+            f"{out}: unverified ({stamp['reason']}); {len(stamp['checksums'])} tensors are bitwise those of the model"
+        )
     lines = [f"{out}: verified, {len(stamp['checksums'])} tensors bitwise those of the model"]
     for part, words in (("prefill", "prompt at once"), ("decode", "token by token")):
         errors = stamp[part]

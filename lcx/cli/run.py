@@ -19,7 +19,7 @@ from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import run_interruptible
 from lcx.training.telemetry import Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, fit, make_program
+from lcx.training.trainer import Program, begin_from, fit, make_program
 from lcx.training.workdir import Workdir, open_workdir
 
 PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the model writes after them
@@ -33,6 +33,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     corpus = data.training_corpus(config)
     with open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint}) as folder:
         print(describe(program, corpus, folder), flush=True)
+        program = begin_from(program, folder.imported)
         heldout = HeldOut(program)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
         tensorboard = folder.tensorboard if config.logging.tensorboard else None

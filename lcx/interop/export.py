@@ -18,11 +18,11 @@ from lcx.interop import fidelity, safetensors
 from lcx.interop.architecture import Architecture, architecture
 from lcx.interop.card import Facts, model_card
 from lcx.interop.formats import FORMATS, TRANSFORMERS, choose_format
+from lcx.interop.importing import RECORD, read_record
 from lcx.interop.tables import Correspondence, Piece, lay_out
 from lcx.interop.tokenizer_files import write_tokenizer
 from lcx.params import path_name
 
-RECORD = "lcx.json"  # what lcx itself reads of an export
 CODE = "modeling_lcx.py"
 
 # A parameter at a path, or one period of it where it is stacked.
@@ -65,7 +65,7 @@ class _Plan:
         self.mapping: Correspondence = lay_out(self.form.names(self.model), self.model.shapes)
         self._read, self._kind = source.read, safetensors.DTYPES[settings.dtype]
         self._pieces: dict[str, list[Piece]] = {}
-        for piece in self.mapping.pieces:
+        for piece in sorted(self.mapping.pieces, key=lambda piece: piece.start):
             self._pieces.setdefault(piece.name, []).append(piece)
 
     def values(self, name: str) -> np.ndarray:
@@ -126,8 +126,6 @@ def export(source: Source, folder: epath.PathLike, settings: Settings, say: Call
 
 def check(source: Source, folder: epath.PathLike, settings: Settings, say: Callable[[str], None] = print) -> dict:
     """Stamps an export that is there anew; its format and dtype are its own. Returns the stamp, raises as `export`."""
-    from lcx.interop.importing import read_record
-
     folder = epath.Path(folder)
     record = read_record(folder)
     settings = replace(settings, format=record["format"], dtype=record["dtype"])
@@ -173,9 +171,7 @@ def _stamp(folder: epath.Path, plan: _Plan, settings: Settings, say: Callable[[s
         report["reason"] = _why_not(plan, settings)
         if report["reason"] is None:
             say("comparing with PyTorch")
-            compared = fidelity.compare(
-                folder, plan.form, *plan.float32_model(), settings.tolerance, settings.prompt
-            )
+            compared = fidelity.compare(folder, plan.form, *plan.float32_model(), settings.tolerance, settings.prompt)
             report |= compared | {"verified": True}
         else:
             say(f"not run beside PyTorch: {report['reason']}")
@@ -194,4 +190,3 @@ def _why_not(plan: _Plan, settings: Settings) -> str | None:
         return f"the format belongs to {plan.form.library}, whose kernels need a GPU; its tensors were compared"
     missing = fidelity.missing_libraries()
     return f"{' and '.join(missing)} not installed" if missing else None
-

@@ -179,13 +179,17 @@ def run_lcx(model: LanguageModel, tokens: np.ndarray) -> Results:
 def load_torch(folder: epath.Path, form: Format) -> Any:
     """The export in PyTorch, as its users load it. Raises Unfaithful where tensors are missing or left over."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # no advice to install kernels for GPUs
     settings = dict(dtype=torch.float32, trust_remote_code=form.code, local_files_only=True, output_loading_info=True)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise Unfaithful(f"the export is not the model: {form.architecture} does not take its tensor {sorted(wrong)[0]}.")
+        raise Unfaithful(
+            f"the export is not the model: {form.architecture} does not take its tensor {sorted(wrong)[0]}."
+        )
     return model.eval()
 
 

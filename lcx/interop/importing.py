@@ -18,7 +18,7 @@ from lcx.interop.formats import FORMATS, find_format
 from lcx.interop.tables import check_names, fill, lay_out
 from lcx.params import path_name
 
-RECORD = "lcx.json"
+RECORD = "lcx.json"  # what lcx itself reads of an export
 # What files hold besides parameters, or under another name: (ending, what to do with it).
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias")
 RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
@@ -48,8 +48,7 @@ class Weights:
             read = lambda piece: reader.rows(names[piece.name], piece.start, piece.shape[0])  # noqa: E731
             dtypes = {path_name(path): leaf.dtype for path, leaf in _leaves(self.model.shapes)}
             found = {
-                path: array.astype(dtypes[path], copy=False)
-                for path, array in fill(mapping, read, self.model.shapes)
+                path: array.astype(dtypes[path], copy=False) for path, array in fill(mapping, read, self.model.shapes)
             }
         return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], self.model.shapes)
 
@@ -107,7 +106,10 @@ def _read_config(folder: epath.Path) -> tuple[str, ModelConfig]:
 
 
 def check_stamp(folder: epath.Path) -> None:
-    """Warns of an export that was never run beside its model; raises UserError where a tensor is not what was stamped."""
+    """Warns of an export that was never run beside its model.
+
+    Raises UserError where a tensor is not what was stamped.
+    """
     stamp = read_json(folder / fidelity.FILE) if (folder / fidelity.FILE).exists() else {"reason": "it has no stamp"}
     if not stamp.get("verified"):
         warnings.warn(f"{folder} is unverified: {stamp.get('reason')}", stacklevel=3)

@@ -231,7 +231,9 @@ class Attention(Heads):
             nearest = chunk.positions.clamp(max=count + window - 1)
             far = self.rotated(query, nearest)
             sinks = (far, held["sink_key"], held["sink_value"], (distance >= window) & chunk.valid[..., None])
-        logit = {None: None, "zero": query.new_zeros(self.shape[0])}.get(self.options["sink"], getattr(self, "sinks", None))
+        logit = {None: None, "zero": query.new_zeros(self.shape[0])}.get(
+            self.options["sink"], getattr(self, "sinks", None)
+        )
         query = self.rotated(query, chunk.positions)
         out = attend(query, key, value, sees, window, logit, sinks)
         keep = key.shape[1] if window is None else window - 1

@@ -113,3 +113,14 @@ def _prefix(name: str, token: int) -> dict[str, Any]:
         "pair": [first, text, pair],
         "special_tokens": special,
     }
+
+
+def first_token(content: dict[str, Any]) -> int | None:
+    """The special token that a tokenizer's own encodings begin with, if there is one."""
+    processor = content.get("post_processor") or {}
+    for each in [processor, *processor.get("processors", [])]:
+        single = each.get("single") or [{}]
+        name = single[0].get("SpecialToken", {}).get("id") if each.get("type") == "TemplateProcessing" else None
+        if name is not None:
+            return each["special_tokens"][name]["ids"][0]
+    return None

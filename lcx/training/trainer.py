@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 
 from lcx.config import Config
 from lcx.errors import UserError
 from lcx.parallel.mesh import batch_shards, make_mesh
 from lcx.parallel.sharding import activation_sharding
-from lcx.training.checkpointing import Checkpoints
+from lcx.training.checkpointing import Checkpoints, read_newest
 from lcx.training.optimizers import make_optimizer
 from lcx.training.preemption import Interrupted, interrupted, run_interruptible
 from lcx.training.telemetry import Telemetry
@@ -32,7 +34,7 @@ class Program:
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
     abstract: TrainState  # shapes, dtypes and shardings
-    create: Callable[[], TrainState]
+    create: Callable[..., TrainState]  # (parameters to begin with; left out: drawn ones)
     step: Callable  # (state, batch) -> (state, metrics)
 
     @property
@@ -61,7 +63,24 @@ def make_program(config: Config, chips: Sequence[jax.Device] | None = None) -> P
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
     abstract = abstract_state(plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
-    return Program(config, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
+    return Program(config, mesh, plan, abstract, partial(create_state, config, optimizer, abstract), step)
+
+
+def begin_from(program: Program, folder: epath.PathLike) -> Program:
+    """The program of a run that begins with the parameters of a checkpoint in `folder`, where that is there.
+
+    Raises UserError, when the run is begun, for parameters of another model.
+    """
+    if not epath.Path(folder).exists():
+        return program
+
+    def create() -> TrainState:
+        found = read_newest(folder, {"params": program.abstract.params})
+        if found is None:
+            raise UserError(f"the imported parameters in {folder} are damaged: import them again.")
+        return program.create(found[1]["params"])
+
+    return replace(program, create=create)
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:

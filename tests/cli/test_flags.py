@@ -143,7 +143,7 @@ def test_the_list_of_verbs(words, capsys):
 
 def test_an_unknown_verb(capsys):
     assert main(["trian"]) == 2
-    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, generate, train, verify.\n'
+    said = 'error: unknown verb "trian": did you mean "train"? Allowed: benchmark, export, generate, import_hf, train, verify.\n'
     assert capsys.readouterr() == ("", said)
 
 
