@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from lcx.config import ModelConfig
 from lcx.errors import UserError
@@ -16,7 +17,8 @@ from lcx.interop import fidelity, safetensors
 from lcx.interop.architecture import Architecture, architecture
 from lcx.interop.formats import FORMATS, find_format
 from lcx.interop.tables import check_names, fill, lay_out
-from lcx.params import path_name
+from lcx.models import LanguageModel
+from lcx.params import create, path_name
 
 RECORD = "lcx.json"  # what lcx itself reads of an export
 # What files hold besides parameters, or under another name: (ending, what to do with it).
@@ -125,10 +127,5 @@ def check_stamp(folder: epath.Path) -> None:
 
 
 def fresh(model: Architecture, seed: int) -> dict:
-    """New parameters of a model, as NumPy arrays."""
-    from flax import nnx
-
-    from lcx.models import LanguageModel
-    from lcx.params import create
-
-    return jax.tree.map(np.asarray, create(lambda: LanguageModel(model.config, nnx.Rngs(seed)))[1])
+    """New parameters of a model, as NumPy arrays that may be changed."""
+    return jax.tree.map(np.array, create(lambda: LanguageModel(model.config, nnx.Rngs(seed)))[1])

@@ -51,14 +51,17 @@ def write(
         with (folder / file).open("wb") as out:
             out.write(_header({name: tensors[name] for name in names}, sizes, _NAMES[dtype]))
             for name in names:
-                array = np.ascontiguousarray(values(name)).astype(kind, copy=False)
-                if array.shape != tensors[name]:
-                    raise ValueError(f"{name} has shape {array.shape}, not {tensors[name]}")
-                out.write(memoryview(array.reshape(-1).view(np.uint8)))
+                out.write(_bytes(name, values(name), tensors[name], kind))
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(name: str, array: np.ndarray, shape: Shape, kind: np.dtype) -> memoryview:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+    return memoryview(np.ascontiguousarray(array).astype(kind, copy=False).reshape(-1).view(np.uint8))
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
