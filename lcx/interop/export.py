@@ -187,6 +187,6 @@ def _why_not(plan: _Plan, settings: Settings) -> str | None:
     if not settings.run:
         return "it was asked not to"
     if plan.form.library != "transformers":
-        return f"the format belongs to {plan.form.library}, whose kernels need a GPU; its tensors were compared"
+        return f"{plan.form.library} has kernels that need a GPU{plan.form.caveat(plan.model)}"
     missing = fidelity.missing_libraries()
     return f"{' and '.join(missing)} not installed" if missing else None

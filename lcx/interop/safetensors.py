@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from lcx.errors import UserError
 from lcx.interop.tables import Shape
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

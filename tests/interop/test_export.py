@@ -54,7 +54,10 @@ def test_fla_names(tmp_path):
     """Of flash-linear-attention's SambaForCausalLM; one tensor of each kind, in its place."""
     made, params = model("samba")
     stamp = export(source(made, params), tmp_path / "out", Settings(format="fla"), QUIET)
-    assert not stamp["verified"] and "need a GPU" in stamp["reason"]
+    assert (
+        not stamp["verified"]
+        and "need a GPU; its MLPs have widths that are multiples of 256, 256 here, and these have 48" in stamp["reason"]
+    )
     found = load_file(tmp_path / "out" / "model.safetensors")
     layers = params["stack"]["layers"]
     np.testing.assert_array_equal(
@@ -69,9 +72,20 @@ def test_fla_names(tmp_path):
     assert found["backbone.layers.0.mixer.conv1d.weight"].shape == (64, 1, 4)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["model_type"] == "samba" and fields["attn"]["layers"] == [1, 3]
+    assert "intermediate_size" not in fields  # it would be taken for the width of the Mamba layers
     (tmp_path / "out" / "lcx.json").unlink()
     back = leaves(open_weights(tmp_path / "out").parameters())
     assert all(back[path].tobytes() == array.tobytes() for path, array in leaves(params).items())
+
+
+@pytest.mark.parametrize(
+    "d_model, d_ff, ratio", [(1536, 4096, 4), (2304, 6144, 4), (2816, 9984, None), (1536, 4608, None)]
+)
+def test_widths_that_fla_can_express(d_model, d_ff, ratio):
+    from lcx.interop.formats.fla import _ratio, _width
+
+    assert _width(d_model, _ratio(d_model, d_ff)) == d_ff
+    assert ratio is None or _ratio(d_model, d_ff) == ratio
 
 
 @pytest.mark.parametrize(

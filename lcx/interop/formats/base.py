@@ -23,6 +23,7 @@ class Format:
     blocks: Callable[[str], str]  # the module of the block there that a tensor belongs to, "" for none
     layers_per_block: int = 1  # layers here
     library: str = "transformers"  # that runs it
+    caveat: Callable[[Architecture], str] = lambda model: ""  # why that library cannot load it as it is
     code: bool = False  # does modeling_lcx.py belong to it?
 
 

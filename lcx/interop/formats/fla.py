@@ -46,7 +46,7 @@ def _fit_fla(model: Architecture) -> Fields | str:
         "time_step_rank": mamba.dt_rank,
         "use_bias": False,
         "use_conv_bias": True,
-        "hidden_act": "silu",
+        "hidden_act": "swish",
         "norm_eps": config.norm_eps,
         "residual_in_fp32": config.residual_dtype == "float32",
         "attn": {
@@ -57,8 +57,8 @@ def _fit_fla(model: Architecture) -> Fields | str:
             "window_size": heads.window,
             "rope_theta": heads.rope_base,
         },
-        "intermediate_size": mlp.d_ff,
-        "hidden_ratio": None,
+        "hidden_ratio": _ratio(config.d_model, mlp.d_ff),
+        "mlp_intermediate_size": mlp.d_ff,  # for lcx: there, the width follows from the ratio
         "tie_word_embeddings": config.tie_embeddings,
     }
 
@@ -67,16 +67,45 @@ def _read_fla(fields: Fields) -> Fields:
     heads, blocks = fields["attn"], fields["num_hidden_layers"]
     if list(heads["layers"]) != list(range(1, blocks, 2)) or blocks % 2:
         raise UserError("its attention is not in every second block: lcx reads SAMBA's own order only.")
-    if not fields.get("intermediate_size"):
-        raise UserError("it gives no intermediate_size: set it to the width of the MLPs.")
-    mamba = {"type": "mamba", "state_size": 16} | read_mamba_options(fields)
+    d_ff = fields.get("mlp_intermediate_size") or _width(fields["hidden_size"], fields["hidden_ratio"])
+    mamba = {"type": "mamba", "state_size": 16} | read_mamba_options(fields | {"hidden_act": "silu"})
     rank = fields.get("time_step_rank", "auto")
     mamba |= {} if rank == "auto" else {"dt_rank": rank}
     swa = {"type": "attention", "num_heads": heads["num_heads"], "num_kv_heads": heads.get("num_kv_heads")}
     swa |= {"window": heads["window_size"], "rope_base": heads.get("rope_theta", 10_000.0)}
-    mlp = {"type": "mlp", "d_ff": fields["intermediate_size"]}
+    mlp = {"type": "mlp", "d_ff": d_ff}
     shared = section(fields, "mamba mlp swa mlp", blocks // 2, "norm_eps", 1e-5)
     return shared | {"family": "samba", "mixers": {"mamba": mamba, "swa": swa, "mlp": mlp}}
 
 
-FLA = Format("SambaForCausalLM", "samba", _fit_fla, _fla_names, _read_fla, in_layers("backbone"), 2, library="fla")
+def _width(d_model: int, ratio: float) -> int:
+    """The width of an MLP there: two thirds of ratio * d_model, rounded up to a multiple of 256."""
+    return -(-int(d_model * ratio * 2 / 3) // 256) * 256
+
+
+def _ratio(d_model: int, d_ff: int) -> float:
+    """The ratio that gives a width, or comes nearest to it."""
+    whole = round(1.5 * d_ff / d_model)
+    return whole if _width(d_model, whole) == d_ff else 1.5 * (d_ff - 1) / d_model
+
+
+def _caveat(model: Architecture) -> str:
+    """What keeps flash-linear-attention from loading the export as it is."""
+    (d_ff,) = {options.d_ff for options in model.options.values() if hasattr(options, "d_ff")}
+    width = _width(model.config.d_model, _ratio(model.config.d_model, d_ff))
+    if width == d_ff:
+        return ""
+    return f"; its MLPs have widths that are multiples of 256, {width} here, and these have {d_ff}: change its code"
+
+
+FLA = Format(
+    "SambaForCausalLM",
+    "samba",
+    _fit_fla,
+    _fla_names,
+    _read_fla,
+    in_layers("backbone"),
+    2,
+    library="fla",
+    caveat=_caveat,
+)
