@@ -308,11 +308,15 @@ def parse_options(arg: str, **defaults: Any) -> dict[str, Any]:
 def load_config(argument: str | os.PathLike) -> ConfigDict:
     """The config of a file: "configs/samba.py:size=421m" runs its `get_config("size=421m")` over `default_config()`.
 
+    The config.json of a workdir is the config of its run.
+
     Whatever goes wrong in the file is a UserError that names the file, the line and the mistake.
     """
     path, _, arg = os.fspath(argument).partition(":")
     if not os.path.isfile(path):
         raise UserError(f'config file "{path}" is not there (from {os.getcwd()}).')
+    if path.endswith(".json"):
+        return _config_of_run(path)
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"lcx_config_{path}"), path)
     if spec is None:
         raise UserError(f'config file "{path}" must be a Python file (.py).')
@@ -330,6 +334,17 @@ def load_config(argument: str | os.PathLike) -> ConfigDict:
         raise UserError(f"config file {where}: {type(error).__name__}: {error}") from error
     if not hasattr(values, "items"):
         raise UserError(f'get_config of "{path}" must return a ConfigDict, not {type(values).__name__}.')
+    config = default_config()
+    config.update(_config_dict(values))
+    return config
+
+
+def _config_of_run(path: str) -> ConfigDict:
+    try:
+        with open(path) as file:
+            values = json.load(file)["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f'config file "{path}" is not the config.json of a workdir.') from None
     config = default_config()
     config.update(_config_dict(values))
     return config

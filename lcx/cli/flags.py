@@ -48,16 +48,16 @@ def parse(verb: str, summary: str, declared: Sequence[Flag], argv: Sequence[str]
     Args:
       verb: the verb's name, for messages.
       summary: what the verb does, the first lines of `--help`.
-      declared: its flags. With `CONFIG` among them, `--config.KEY=VALUE` is taken too.
+      declared: its flags. With one called `config` among them, `--config.KEY=VALUE` is taken too.
       argv: the words after the verb.
 
-    Returns the values by name; `overrides`, a list of (key, text), where `CONFIG` is declared.
+    Returns the values by name; `overrides`, a list of (key, text), where `config` is declared.
     Raises Help for `--help`, and UserError for an unknown flag (with the nearest match), a value of another type, a
     required flag that is not given or a word that is no flag.
     """
     if any(word in ("--help", "-help", "-h") for word in argv):
         raise Help(usage(verb, summary, declared))
-    takes_config = CONFIG in declared
+    takes_config = _takes_config(declared)
     overrides, words = _split_overrides(argv) if takes_config else ([], list(argv))
     table = flags.FlagValues()
     for flag in declared:
@@ -89,11 +89,16 @@ def usage(verb: str, summary: str, declared: Sequence[Flag]) -> str:
     """What `lcx VERB --help` prints."""
     required = " ".join(f"--{flag.name}=..." for flag in declared if flag.required)
     rows = [(f"--{flag.name}", flag.help + _default(flag)) for flag in declared]
-    if CONFIG in declared:
-        rows.insert(1, ("--config.KEY", "any field of the config: --config.train.steps=500"))
+    if _takes_config(declared):
+        place = 1 + [name for name, _ in rows].index("--config")
+        rows.insert(place, ("--config.KEY", "any field of the config: --config.train.steps=500"))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join([f"usage: lcx {verb} {required} [flags]", "", summary.strip(), "", *lines])
+
+
+def _takes_config(declared: Sequence[Flag]) -> bool:
+    return any(flag.name == CONFIG.name for flag in declared)
 
 
 def _default(flag: Flag) -> str:
@@ -118,7 +123,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[s
 
 
 def _unknown(verb: str, name: str, declared: Sequence[Flag]) -> str:
-    if CONFIG in declared and name.split(".")[0] in Config.__dataclass_fields__:
+    if _takes_config(declared) and name.split(".")[0] in Config.__dataclass_fields__:
         return f"lcx {verb}: unknown flag --{name}; a field of the config is written --config.{name}=value."
     return f"lcx {verb}: unknown flag --{name}: {suggest(name, [flag.name for flag in declared])}"
 

@@ -13,6 +13,8 @@ VERBS = {
     "train": ("lcx.cli.train", "train a model, or go on with a run"),
     "generate": ("lcx.cli.generate", "write text with a trained model"),
     "prepare_data": ("lcx.cli.prepare_data", "turn a corpus into shards of tokens"),
+    "export": ("lcx.cli.export", "write a trained model for transformers, and prove that it is the model"),
+    "import_hf": ("lcx.cli.import_hf", "start a run from pretrained weights"),
     "verify": ("lcx.cli.verify", "try a config on a mesh: same numbers as one device?"),
     "benchmark": ("lcx.cli.benchmark", "time lcx beside its alternatives"),
 }

@@ -22,7 +22,7 @@ from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import interrupted, run_interruptible
 from lcx.training.telemetry import Silence, Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, fit, make_programs, program_at
+from lcx.training.trainer import Program, begin_from, fit, make_programs, program_at
 from lcx.training.workdir import Workdir, open_workdir
 
 YARDSTICK = 2**28  # tokens of each source of prepared data that the bigram model is counted on
@@ -45,6 +45,8 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
         speaker()(describe(programs, corpus, folder), flush=True)
         heldout = HeldOut(config)
         rows = [program.rows for program in programs]
+        first, *rest = programs
+        programs = begin_from(first, folder.imported), *rest
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
         try:
             state = fit(

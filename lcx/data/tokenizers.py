@@ -18,6 +18,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     start_token: int | None
     """What every encoding begins with; None: nothing is added."""
+    end_token: int | None
+    """What stands for the end of a document where other programs ask for one; lcx itself never writes it."""
     fingerprint: str
     """Changes whenever the same document could give other tokens."""
 
@@ -31,6 +33,9 @@ class Tokenizer(Protocol):
         """Text as soon as it is certain, piece by piece while the tokens arrive; broken UTF-8 becomes U+FFFD."""
 
 
+# As tokenizers of published models call the end of a document.
+END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+
 _BYTES = {value: bytes([value]) for value in range(256)}
 _NO_BYTE = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -40,6 +45,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     start_token = None
+    end_token = 255  # a byte that no UTF-8 text holds
     fingerprint = "bytes"
 
     def reserve(self, token: int) -> None:
@@ -89,6 +95,8 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self._path = path
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # numbers may have gaps
+        ends = (self._tokenizer.token_to_id(name) for name in END_TOKENS)
+        self.end_token = next((token for token in ends if token is not None), None)
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def reserve(self, token: int) -> None:
@@ -137,6 +145,7 @@ class StartTokenizer:
         inner.reserve(start_token)
         self._inner = inner
         self.start_token = start_token
+        self.end_token = start_token  # the next document's
         self.vocab_size = max(inner.vocab_size, start_token + 1)
         self.fingerprint = f"{inner.fingerprint}, start token {start_token}"
 

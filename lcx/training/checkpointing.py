@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from lcx.errors import UserError
 from lcx.files import is_local, read_json, sync, temporary_name, write_json
 from lcx.parallel import processes
+from lcx.params import path_name
 
 Tree = Any  # a pytree of arrays
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,7 +79,8 @@ class Checkpoints:
         """
         self.wait()
         with self._explaining(step):
-            self._orbax.save(self._folder / str(step), args=ocp.args.StandardSave(state))
+            args = ocp.args.StandardSave(state, save_args=jax.tree.map(_storage, state))
+            self._orbax.save(self._folder / str(step), args=args)
         self._saving = self._thread.submit(self._commit, step)
 
     def wait(self) -> None:
@@ -115,7 +118,7 @@ class Checkpoints:
         if step is None:
             return None
         if callable(abstract_state):
-            abstract_state = abstract_state(_data_index(self._folder, step))
+            abstract_state = abstract_state(data_index_of(self._folder, step))
         return step, _load(self._folder, step, abstract_state)
 
     def _open(self) -> None:
@@ -191,13 +194,58 @@ def read_newest(
     Raises:
       UserError: the checkpoint is another model's.
     """
+    step = newest(folder, say)
+    return None if step is None else (step, _load(_absolute(folder), step, abstract_part, partial=True))
+
+
+def newest(folder: epath.PathLike, say: Callable[[str], None] = print) -> int | None:
+    """The step of the newest whole checkpoint; None where there is none. `say` is told of those that are damaged."""
     folder = _absolute(folder)
     for step in reversed(_steps(folder)):
         damage = _damage(folder, step)
         if damage is None:
-            return step, _load(folder, step, abstract_part, partial=True)
+            return step
         say(f"The checkpoint of step {step} is damaged ({damage}); it is passed over.")
     return None
+
+
+class ParameterReader:
+    """Reads the parameters of one checkpoint, one layer of one of them at a time, from whatever mesh it was saved."""
+
+    def __init__(self, folder: epath.PathLike, step: int, shapes: Tree):
+        """Opens the checkpoint.
+
+        Args:
+          folder: the checkpoints of a run.
+          step: which one.
+          shapes: the parameters' tree, with a shape and a dtype in each leaf.
+
+        Raises UserError where there is no such checkpoint, where it is damaged, or of another model.
+        """
+        folder = _absolute(folder)
+        if step not in _steps(folder):
+            steps = ", ".join(map(str, _steps(folder))) or "none"
+            raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}.")
+        if damage := _damage(folder, step):
+            raise UserError(f"the checkpoint of step {step} in {folder} is damaged ({damage}); choose another --step.")
+        _check_model(folder, step, {"params": shapes}, partial=True)
+        self._base = os.fspath(folder / str(step))
+        self._shapes = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+
+    def __call__(self, path: str, index: int | None = None) -> np.ndarray:
+        """The parameter at a path ("stack/layers/0_mamba/norm/scale"), or what stands at an index of its first axis."""
+        name = ".".join(["params", *path.split("/")])
+        base = self._base if "://" in self._base else f"file://{self._base}"
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+        found = (array if index is None else array[index]).read().result()
+        return np.asarray(found).astype(self._shapes[path].dtype, copy=False)
+
+
+def _storage(leaf: Any) -> ocp.SaveArgs:
+    """Matrices that are stacked over layers are stored by layer, so that one layer can be read by itself."""
+    by_layer = np.ndim(leaf) >= 3 and leaf.nbytes >= 2**20
+    return ocp.SaveArgs(shard_axes=(0,) if by_layer else ())
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
@@ -235,26 +283,33 @@ def _damage(folder: epath.Path, step: int) -> str | None:
 
 def _load(folder: epath.Path, step: int, abstract: Tree, partial: bool = False) -> Tree:
     """What `abstract` describes of a checkpoint: all of it, unless `partial`."""
+    _check_model(folder, step, abstract, partial)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = ocp.tree.to_flat_dict(reader.metadata(folder / str(step)).item_metadata.tree)
-        wanted = ocp.tree.to_flat_dict(jax.tree.map(_stored, abstract))
-        unwanted = [] if partial else [name for name in saved if name not in wanted]
-        for name in [*wanted, *unwanted]:  # orbax would restore float32 as int32 without a word
-            there, here = _describe(saved.get(name)), _describe(wanted.get(name))
-            if there != here:
-                raise UserError(
-                    f"the checkpoint of step {step} in {folder} is of another model: {'/'.join(name)} is {there} there "
-                    f"and {here} here; use the config that it was trained with, or another workdir."
-                )
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
         return reader.restore(folder / str(step), args=args)
 
 
-def _data_index(folder: epath.Path, step: int) -> int:
+def data_index_of(folder: epath.Path, step: int) -> int:
+    """The index of the next batch, as the checkpoint of a run's step has it."""
     here = SingleDeviceSharding(jax.local_devices()[0])
     part = {"data_index": jax.ShapeDtypeStruct((), np.int32, sharding=here)}
     return int(_load(folder, step, part, partial=True)["data_index"])
+
+
+def _check_model(folder: epath.Path, step: int, abstract: Tree, partial: bool) -> None:
+    """Raises UserError where a checkpoint does not hold what `abstract` describes, or more, unless `partial`."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = ocp.tree.to_flat_dict(reader.metadata(folder / str(step)).item_metadata.tree)
+    wanted = ocp.tree.to_flat_dict(jax.tree.map(_stored, abstract))
+    unwanted = [] if partial else [name for name in saved if name not in wanted]
+    for name in [*wanted, *unwanted]:  # orbax would restore float32 as int32 without a word
+        there, here = _describe(saved.get(name)), _describe(wanted.get(name))
+        if there != here:
+            raise UserError(
+                f"the checkpoint of step {step} in {folder} is of another model: {'/'.join(name)} is {there} there "
+                f"and {here} here; use the config that it was trained with, or another workdir."
+            )
 
 
 def _remove_remnants(folder: epath.Path) -> None:

@@ -81,13 +81,20 @@ def abstract_state(
     )
 
 
-def create_state(config: Config, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """A new run's state, drawn from train.seed straight onto the devices that `abstract` names."""
+def create_state(
+    config: Config, optimizer: optax.GradientTransformation, abstract: TrainState, params: dict | None = None
+) -> TrainState:
+    """A new run's state, drawn from train.seed straight onto the devices that `abstract` names.
 
-    def create() -> TrainState:
-        _, params = split(LanguageModel(config.model, nnx.Rngs(config.train.seed)))
+    params: what it begins with instead of drawn parameters; they are donated.
+    """
+
+    def create(params: dict | None) -> TrainState:
+        if params is None:
+            _, params = split(LanguageModel(config.model, nnx.Rngs(config.train.seed)))
         zero = jnp.zeros((), jnp.int32)
         rng = jax.random.key(config.train.seed)
         return TrainState(params, optimizer.init(params), zero, zero, rng, empty(abstract.carried))
 
-    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)

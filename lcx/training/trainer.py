@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.config import Config
@@ -17,7 +18,7 @@ from lcx.parallel.mesh import make_mesh
 from lcx.parallel.sharding import Rules, activation_sharding, batch_shards, on_mesh, shards, spec
 from lcx.stages import Stage
 from lcx.training.carried_state import empty
-from lcx.training.checkpointing import Checkpoints
+from lcx.training.checkpointing import Checkpoints, read_newest
 from lcx.training.optimizers import make_optimizer
 from lcx.training.preemption import Interrupted, interrupted, run_interruptible
 from lcx.training.stages import model_stages
@@ -37,7 +38,7 @@ class Program:
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
     abstract: TrainState  # shapes, dtypes and shardings
-    create: Callable[[], TrainState]
+    create: Callable[..., TrainState]  # (parameters to begin with; left out: drawn ones)
     step: Callable  # (state, batch) -> (state, metrics)
 
     @property
@@ -110,7 +111,24 @@ def _make_program(stage: Stage, mesh: jax.sharding.Mesh | None) -> Program:
     optimizer = make_optimizer(config.optimizer, config.train.steps, plan.declarations)
     abstract = abstract_state(config, plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
-    return Program(stage, mesh, plan, abstract, lambda: create_state(config, optimizer, abstract), step)
+    return Program(stage, mesh, plan, abstract, partial(create_state, config, optimizer, abstract), step)
+
+
+def begin_from(program: Program, folder: epath.PathLike) -> Program:
+    """The program of a run that begins with the parameters of a checkpoint in `folder`, where that is there.
+
+    Raises UserError, when the run is begun, for parameters of another model.
+    """
+    if not epath.Path(folder).exists():
+        return program
+
+    def create() -> TrainState:
+        found = read_newest(folder, {"params": program.abstract.params})
+        if found is None:
+            raise UserError(f"the imported parameters in {folder} are damaged: import them again.")
+        return program.create(found[1]["params"])
+
+    return replace(program, create=create)
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:

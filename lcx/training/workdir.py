@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "data.worker_processes",
     "data.max_bad_records",
 )
+# An imported model has no run yet: what it is trained on, and how, is what its first training says.
+NOT_BEGUN = ("data.*", "train.*", "optimizer.*", "mesh.*", "model.remat*", "model.compute_dtype", "model.init")
 
 _open: set[str] = set()  # workdirs that this process holds: its own lock would not stop it from opening one again
 
@@ -54,6 +56,11 @@ class Workdir:
     @property
     def checkpoints(self) -> epath.Path:
         return self.path / "checkpoints"
+
+    @property
+    def imported(self) -> epath.Path:
+        """The parameters that the run begins with, as a checkpoint of step 0, where they were imported."""
+        return self.path / "imported"
 
     @property
     def tensorboard(self) -> epath.Path:
@@ -132,13 +139,15 @@ def _register(workdir: Workdir, run: dict[str, Any]) -> None:
 
 
 def _check_same_run(path: epath.Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
-    for section, what in (("config", "another run"), ("fingerprints", "a run on other data")):
+    begun = stored.get("fingerprints") is not None
+    free = MAY_CHANGE if begun else MAY_CHANGE + NOT_BEGUN
+    for section, what in (("config", "another run"), ("fingerprints", "a run on other data"))[: 1 + begun]:
         there, here = _flatten(stored.get(section)), _flatten(run[section])
         if section == "config":  # a field that is newer than the run had its default's meaning
             there = {key: value for key, value in _flatten(Config().to_dict()).items() if key in here} | there
         for key in [*here, *(key for key in there if key not in here)]:
             values = [json.dumps(side[key]) if key in side else "absent" for side in (there, here)]
-            changeable = section == "config" and any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+            changeable = section == "config" and any(fnmatch.fnmatchcase(key, pattern) for pattern in free)
             if values[0] == values[1] or changeable:
                 continue
             if key.startswith("model."):

@@ -143,8 +143,8 @@ def test_the_list_of_verbs(words, capsys):
 
 def test_an_unknown_verb(capsys):
     assert main(["trian"]) == 2
-    said = 'error: unknown verb "trian": did you mean "train"? '
-    said += "Allowed: benchmark, generate, prepare_data, train, verify.\n"
+    verbs = "benchmark, export, generate, import_hf, prepare_data, train, verify"
+    said = f'error: unknown verb "trian": did you mean "train"? Allowed: {verbs}.\n'
     assert capsys.readouterr() == ("", said)
 
 

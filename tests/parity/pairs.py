@@ -24,7 +24,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.parity.weights import JAMBA_MODEL, MAMBA2_MODEL, MAMBA_MODEL, TRANSFORMER_MODEL, Table
+from lcx.config import ModelConfig
+from lcx.interop.architecture import architecture
+from lcx.interop.formats import FORMATS
+from lcx.interop.tables import ATTENTION as ATTENTION_NAMES
+from lcx.interop.tables import MAMBA as MAMBA_NAMES
+from lcx.interop.tables import MLP as MLP_NAMES
+from lcx.interop.tables import Table, table
 
 torch.set_num_threads(1)  # for matrices as small as these, threads only wait for each other
 
@@ -34,6 +40,26 @@ HEADS, KV_HEADS, HEAD_DIM, WINDOW = 4, 2, 16, 11  # together the query heads are
 STATE_SIZE, RANK = 8, 3
 LLAMA3_BASE, BASE = 500_000.0, 10_000.0
 
+# Jamba with attention in every second layer and no experts.
+JAMBA_MODEL = table(
+    """
+    model.embed_tokens.weight                         =           embedding/table
+    model.layers.2*.input_layernorm.weight            =           stack/layers/0_mamba/norm/scale
+    model.layers.2*.mamba.                            MAMBA       stack/layers/0_mamba/mixers/mamba/
+    model.layers.2*.pre_ff_layernorm.weight           =           stack/layers/1_mlp/norm/scale
+    model.layers.2*.feed_forward.                     MLP         stack/layers/1_mlp/mixers/mlp/
+    model.layers.2*+1.input_layernorm.weight          =           stack/layers/2_nope/norm/scale
+    model.layers.2*+1.self_attn.                      ATTENTION   stack/layers/2_nope/mixers/nope/
+    model.layers.2*+1.pre_ff_layernorm.weight         =           stack/layers/3_mlp/norm/scale
+    model.layers.2*+1.feed_forward.                   MLP         stack/layers/3_mlp/mixers/mlp/
+    model.final_layernorm.weight                      =           norm/scale
+    lm_head.weight                                    =           head/table
+    """,
+    ATTENTION=ATTENTION_NAMES,
+    MLP=MLP_NAMES,
+    MAMBA=MAMBA_NAMES,
+)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -42,8 +68,15 @@ class Pair:
     family: type[PreTrainedModel]
     config: PreTrainedConfig
     section: dict
-    table: Table
+    format: str | None  # whose names they are; None: Jamba's, which lcx does not write
     packs: bool  # does the model there keep apart documents that share a row?
+
+    @property
+    def table(self) -> Table:
+        """Where each parameter there stands here."""
+        if self.format is None:
+            return JAMBA_MODEL
+        return FORMATS[self.format].names(architecture(ModelConfig.from_dict(self.section)))
 
     def make(self, seed: int) -> PreTrainedModel:
         """The model there, with random weights."""
@@ -121,7 +154,7 @@ def _transformer(
         attn_implementation="eager",
     )
     section = _section("attention mlp", tied, attention=ATTENTION | {"rope_base": base} | here, mlp=MLP)
-    return Pair(family, config(**settings | (there or {})), section, TRANSFORMER_MODEL, packs=True)
+    return Pair(family, config(**settings | (there or {})), section, config.model_type, packs=True)
 
 
 def _mamba(*, tied: bool) -> Pair:
@@ -137,7 +170,7 @@ def _mamba(*, tied: bool) -> Pair:
         residual_in_fp32=True,
         tie_word_embeddings=tied,
     )
-    return Pair(MambaForCausalLM, config, _section("mamba", tied, mamba=MAMBA), MAMBA_MODEL, packs=False)
+    return Pair(MambaForCausalLM, config, _section("mamba", tied, mamba=MAMBA), "mamba", packs=False)
 
 
 def _mamba2(*, tied: bool, groups: int, limit: tuple[float, float] = (0.0, math.inf)) -> Pair:
@@ -160,7 +193,7 @@ def _mamba2(*, tied: bool, groups: int, limit: tuple[float, float] = (0.0, math.
     )
     mixer = dict(type="mamba2", head_dim=HEAD_DIM, state_size=STATE_SIZE, num_groups=groups, chunk_size=12)
     mixer |= {} if limit[1] == math.inf else {"dt_limit": limit}
-    return Pair(Mamba2ForCausalLM, config, _section("mamba2", tied, mamba2=mixer), MAMBA2_MODEL, packs=False)
+    return Pair(Mamba2ForCausalLM, config, _section("mamba2", tied, mamba2=mixer), "mamba2", packs=False)
 
 
 def _jamba() -> Pair:
@@ -188,7 +221,7 @@ def _jamba() -> Pair:
         nope=ATTENTION | {"head_dim": D_MODEL // HEADS, "rope_base": None},
         mlp=MLP,
     )
-    return Pair(JambaForCausalLM, config, section, JAMBA_MODEL, packs=False)
+    return Pair(JambaForCausalLM, config, section, None, packs=False)
 
 
 PAIRS = {

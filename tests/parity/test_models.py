@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lcx.config import Config
+from lcx.interop.tables import to_lcx
 from lcx.laws.measure import deviation
 from lcx.models.cross_entropy import token_losses
 from lcx.training.train_state import Blueprint, blueprint
 from tests.parity.pairs import PAIRS, VOCAB, Pair, named_arrays, named_gradients
-from tests.parity.weights import to_lcx
 
 pytestmark = pytest.mark.parity
 

@@ -10,6 +10,7 @@ from transformers import GptOssConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
+from lcx.interop.tables import ATTENTION, to_lcx
 from lcx.laws.measure import deviation
 from lcx.mixers import ModelDims, build_mixer
 from lcx.models.language_model import make_context
@@ -24,7 +25,6 @@ from tests.parity.pairs import (
     named_gradients,
     randomize,
 )
-from tests.parity.weights import ATTENTION, to_lcx
 
 pytestmark = pytest.mark.parity
 

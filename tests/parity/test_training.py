@@ -10,9 +10,9 @@ import torch
 
 from lcx.config import Config
 from lcx.data import batch as read_batch
+from lcx.interop.tables import to_lcx
 from lcx.training.trainer import lower_step, make_program
 from tests.parity.pairs import PAIRS, Pair, named_arrays
-from tests.parity.weights import to_lcx
 
 pytestmark = pytest.mark.parity
 
