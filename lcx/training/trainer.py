@@ -264,7 +264,7 @@ class _StepLog:
         self.tokens, self.waited, self.logged_time = 0, 0.0, now
         line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": None, "skipped": 0}
         line["tokens_per_second_per_device"] = rate / jax.device_count()
-        line["data_wait"] = data_wait  # share of the time since the last line that was spent waiting for batches
+        line["data_wait_per_second"] = data_wait  # seconds spent waiting for batches, of each since the last line
         values = jax.device_get(metrics)
         histograms = values.pop("histograms")
         self.report.log(line | values | scores, histograms)
