@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lcx.config import Config
+from lcx.config import Config, remat_chunk
 from lcx.errors import UserError
 from lcx.parallel.mesh import batch_shards, make_mesh
 from lcx.parallel.sharding import activation_sharding
@@ -65,7 +65,7 @@ def make_program(config: Config, chips: Sequence[jax.Device] | None = None) -> P
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where a batch does not divide over the mesh."""
+    """Raises UserError where a batch does not divide over the mesh, or time is to be scanned that the mesh cuts."""
     rows, pieces = config.train.batch_size, batch_shards(mesh) * config.train.accumulate
     if rows % pieces:
         raise UserError(
@@ -76,6 +76,12 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise UserError(
             f"train.sequence_length={config.train.sequence_length} does not divide over mesh.seq={mesh.shape['seq']}; "
             "make it a multiple of that."
+        )
+    by_chunks = [name for name, policy in config.model.remat.items() if remat_chunk(policy)]
+    if by_chunks and mesh.shape["seq"] > 1:
+        raise UserError(
+            f'model.remat.{by_chunks[0]}="{config.model.remat[by_chunks[0]]}" goes through time chunk by chunk, which '
+            f'mesh.seq={mesh.shape["seq"]} cuts over devices: choose "full", or mesh.seq=1.'
         )
 
 
