@@ -27,6 +27,13 @@ SEED_LIMIT = 2**31 - 1
 # Records that take names which are not there yet, on a command line too.
 OPEN_RECORDS = ("model.mixers.", "model.remat", "data.sources[", "mesh.parameter_rules", "mesh.activation_rules")
 Dtype = Literal["float32", "bfloat16", "float64"]
+REMAT = ("none", "dots", "full")  # and "time:TOKENS"
+
+
+def remat_chunk(policy: str) -> int | None:
+    """The tokens of a chunk of the remat policy "time:TOKENS"; None for any other text."""
+    found = re.fullmatch(r"time:([1-9]\d*)", policy)
+    return int(found[1]) if found else None
 
 
 class Section:
@@ -63,13 +70,17 @@ class ModelConfig(Section):
     param_dtype: Dtype = "float32"  # parameters and optimizer state
     compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
     residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype
-    # Mixer: what its backward pass computes again: nothing, all but matrix products, all. Not named: nothing.
-    remat: Mapping[str, Literal["none", "dots", "full"]] = field(default_factory=dict)
+    # Mixer: what its backward pass computes again: nothing ("none"), all but matrix products ("dots"), all ("full"), or
+    # all, chunk by chunk from the states between chunks ("time:2048", of 2,048 tokens). Not named: nothing.
+    remat: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in self.remat:
+        for name, policy in self.remat.items():
+            key = f"model.remat.{name}"
             if name not in self.mixers:
-                raise UserError(f"model.remat.{name}: no mixer has this name: {suggest(name, self.mixers)}")
+                raise UserError(f"{key}: no mixer has this name: {suggest(name, self.mixers)}")
+            if policy not in REMAT and remat_chunk(policy) is None:
+                raise UserError(f'{key} cannot be "{policy}": {suggest(policy, (*REMAT, "time:TOKENS"))}')
 
 
 @dataclass(frozen=True, kw_only=True)

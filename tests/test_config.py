@@ -66,6 +66,7 @@ def test_an_instance_is_validated_again():
         ("model.pattern", "'swa mlp'", "swa mlp"),
         ("data.tokenizer", "123", "123"),
         ("model.remat", "{'swa': 'full'}", {"swa": "full"}),
+        ("model.remat", "{'swa': 'time:2048'}", {"swa": "time:2048"}),
         ("data.sources", "[{'name': 'a', 'path': 'b'}]", (SourceConfig(name="a", path="b"),)),
     ],
 )
@@ -99,8 +100,9 @@ def test_a_text_becomes_the_fields_type(config, key, text, value):
         (
             "model.remat",
             {"mlp": "all"},
-            'model.remat.mlp cannot be "all": did you mean "full"? Allowed: dots, full, none.',
+            'model.remat.mlp cannot be "all": did you mean "full"? Allowed: dots, full, none, time:TOKENS.',
         ),
+        ("model.remat", {"mlp": "time:0"}, 'model.remat.mlp cannot be "time:0": did you mean "time:TOKENS"?'),
         ("data.sources", [], "data.sources is empty"),
         ("data.sources", [{"name": "a"}], '"data.sources[0].path" is missing'),
         ("data.sources", [{"name": "a", "path": "b", "pth": 1}], '"data.sources[0].pth": did you mean "path"?'),
@@ -150,13 +152,13 @@ def test_overriding_a_field_that_is_none(config):
 
 def test_overriding_what_the_file_does_not_mention(config):
     override(config, "model.mixers.swa.qk_norm", "true")
-    override(config, "model.remat.swa", "full")
+    override(config, "model.remat.swa", "time:2048")
     override(config, "model.mixers.mine.type", "my_package.mixers:Mine")
     override(config, "model.mixers.mine.width", "64")
     model = Config.from_dict(config).model
     assert model.mixers["swa"] == {"type": "attention", "num_heads": 8, "qk_norm": True}
     assert model.mixers["mine"] == {"type": "my_package.mixers:Mine", "width": 64}
-    assert model.remat == {"swa": "full"}
+    assert model.remat == {"swa": "time:2048"}
 
 
 @pytest.mark.parametrize("kind", [list, tuple])

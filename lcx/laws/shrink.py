@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from lcx.config import Config
+from lcx.config import Config, remat_chunk
 from lcx.errors import UserError
 from lcx.mixers import Mixer, find_mixer
 from lcx.mixers.attention import Attention
@@ -81,6 +81,7 @@ def _shrunk(config: Config, mesh: Mapping[str, int], width: int) -> Config:
         model,
         pattern=without_repeats(model.pattern, model.mixers),
         mixers={name: dict(record) | smaller(name) for name, record in model.mixers.items()},
+        remat={name: f"time:{SEGMENT}" if remat_chunk(policy) else policy for name, policy in model.remat.items()},
         periods=min(model.periods, 2),
         d_model=width,
         vocab_size=_multiple(mesh["tensor"], 61, model.vocab_size),

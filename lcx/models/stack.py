@@ -10,15 +10,9 @@ from flax import nnx
 from lcx.layers.norm import RMSNorm
 from lcx.mixers import Context, Mixer, ModelDims, build_mixer
 from lcx.models.pattern import Pattern, layer_names
+from lcx.models.remat import Run, check_time_remat, rematerialize
 from lcx.parallel.sharding import constrain
 from lcx.params import split
-
-# What a layer keeps of its forward pass for its backward pass.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Layer(nnx.Module):
@@ -59,14 +53,20 @@ class Stack(nnx.Module):
             return nnx.Dict({key: Layer(names, records, dims, rngs) for key, names in layers})
 
         self.layers = repeated(rngs)
+        for layer in self.layers.values():
+            for name, mixer in layer.mixers.items():
+                check_time_remat(name, remat.get(name, "none"), mixer)
 
     def __call__(self, x: jax.Array, state: dict | None, context: Context) -> tuple[jax.Array, dict, dict]:
         graphdef, params = split(self.layers)
         policies = dict(self.policies)
 
-        def branch(params: dict, key: str, name: str, x: jax.Array, state: dict | None, context: Context) -> tuple:
-            layer = nnx.merge(graphdef, params)[key]
-            return layer.branch(name, x, state, context, self.dims.compute_dtype)
+        def branch(key: str, name: str) -> Run:
+            def run(params: dict, x: jax.Array, state: dict | None, context: Context) -> tuple:
+                layer = nnx.merge(graphdef, params)[key]
+                return layer.branch(name, x, state, context, self.dims.compute_dtype)
+
+            return rematerialize(run, policies[name], self.layers[key].mixers[name].init_state)
 
         def period(x: jax.Array, scanned: tuple) -> tuple:
             params, state = scanned
@@ -74,8 +74,7 @@ class Stack(nnx.Module):
             for key, layer in self.layers.items():
                 results = {}
                 for name in layer.mixers:
-                    run = _remat(branch, policies[name])
-                    results[name] = run(params, key, name, x, state and state[key][name], context)
+                    results[name] = branch(key, name)(params, x, state and state[key][name], context)
                 x = x + sum(y.astype(x.dtype) for y, _, _ in results.values())
                 x = constrain(x, ("batch", "time", None))
                 states[key] = {name: result[1] for name, result in results.items()}
@@ -119,9 +118,3 @@ class Stack(nnx.Module):
         layers = nnx.merge(graphdef, shapes)  # of one period: mixers may count by the shapes of their parameters
         counts = [mixer.flops(tokens) for layer in layers.values() for mixer in layer.mixers.values()]
         return None if None in counts else self.periods * sum(counts)
-
-
-def _remat(function: Any, policy: str) -> Any:
-    if policy == "none":
-        return function
-    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], static_argnums=(1, 2), prevent_cse=False)

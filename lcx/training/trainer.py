@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lcx.config import Config
+from lcx.config import Config, remat_chunk
 from lcx.errors import UserError
 from lcx.parallel import processes
 from lcx.parallel.mesh import make_mesh
@@ -132,7 +132,7 @@ def begin_from(program: Program, folder: epath.PathLike) -> Program:
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
-    """Raises UserError where a batch does not divide over the mesh."""
+    """Raises UserError where a batch does not divide over the mesh, or time is to be scanned that the mesh cuts."""
     rows, shared, accumulate = config.train.batch_size, batch_shards(mesh, rules), config.train.accumulate
     if rows % (shared * accumulate):
         axes = " times ".join(f"mesh.{axis}" for axis in rules.activations["batch"])
@@ -145,6 +145,12 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
         axes = " times ".join(f"mesh.{axis}" for axis in rules.activations["time"])
         raise UserError(
             f"train.sequence_length={length} does not divide over {axes}={pieces}; make it a multiple of that."
+        )
+    by_chunks = [name for name, policy in config.model.remat.items() if remat_chunk(policy)]
+    if by_chunks and pieces > 1:
+        raise UserError(
+            f'model.remat.{by_chunks[0]}="{config.model.remat[by_chunks[0]]}" goes through time chunk by chunk, which '
+            f'mesh.seq={pieces} cuts over devices: choose "full", or mesh.seq=1.'
         )
 
 

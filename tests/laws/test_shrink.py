@@ -21,7 +21,9 @@ def small(text: str, mesh: dict, **sections) -> Config:
 
 
 def test_what_is_not_size_stays():
-    shrunk = small("samba:size=421m", {}, train={"accumulate": 4, "z_loss": 0.5})
+    values = load_config("configs/samba.py:size=421m").to_dict()["model"]["remat"] | {"mlp": "time:2048"}
+    shrunk = small("samba:size=421m", {}, train={"accumulate": 4, "z_loss": 0.5}, model={"remat": values})
+    assert shrunk.model.remat["mlp"] == "time:5"  # of rows of 16
     assert shrunk.model.pattern == "mamba mlp swa mlp" and shrunk.model.periods == 2
     assert shrunk.model.mixers == {
         "mamba": {"type": "mamba", "state_size": 4, "chunk_size": 4},

@@ -216,6 +216,10 @@ def test_metrics_of_mixers_are_named_by_layer():
             {"mesh": {"data": 1, "seq": 8}, "train": {"sequence_length": 20}},
             "train.sequence_length=20 does not divide over mesh.seq=8",
         ),
+        (
+            {"mesh": {"data": 1, "seq": 8}, "model": {"remat": {"mlp": "time:8"}}},
+            'model.remat.mlp="time:8" goes through time chunk by chunk, which mesh.seq=8 cuts over devices',
+        ),
     ],
 )
 def test_what_a_mesh_cannot_divide_is_named(sections, message):
