@@ -106,9 +106,13 @@ def test_both_exchanges_with_sinks(exchange, dtype, tolerance):
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8])
 def test_pieces_are_dealt_from_both_ends_and_collected(shards):
     pieces = np.arange(2.0 * shards)[None]
-    dealt = np.asarray(over_shards(functools.partial(deal, axis="seq"), shards)(pieces))
-    assert dealt.reshape(shards, 2).tolist() == [[shard, 2 * shards - 1 - shard] for shard in range(shards)]
-    back = over_shards(functools.partial(collect, axis="seq"), shards)(dealt)
+
+    def there_and_back(pieces):
+        dealt = deal(pieces, axis="seq")
+        return dealt, collect(dealt, axis="seq")
+
+    dealt, back = jax.jit(over_shards(there_and_back, shards))(pieces)
+    assert np.reshape(dealt, (shards, 2)).tolist() == [[shard, 2 * shards - 1 - shard] for shard in range(shards)]
     np.testing.assert_array_equal(back, pieces)
 
 
