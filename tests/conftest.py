@@ -4,6 +4,7 @@ Of XLA's code generators for CPU the tests take the older one, without optimisat
 The runs of tests/drills are processes of their own and use what users get.
 """
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -16,12 +17,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest -m gp
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jax") < "0.11":  # later ones have one generator, and end at a flag they do not know
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    FLAGS += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs need not know which line made them
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # What compiled once is read again by the next run; a cache that cannot be written or read is only slower.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_RAISE_PERSISTENT_CACHE_ERRORS", "false")
+
+# Tracing makes very many small objects and hardly a cycle: looking for cycles as often as usual takes a tenth longer.
+gc.set_threshold(50_000, 20, 50)
 
 # Compilation has no deadline; the same draws in every run, so that a red run can be repeated.
 settings.register_profile(

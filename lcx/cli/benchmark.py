@@ -1,7 +1,7 @@
 """`lcx benchmark`: times lcx beside what a user would pick instead, and prints ratios."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -14,7 +14,17 @@ FLAGS = [
     Flag("rounds", "how often each contestant takes its turn", kind=int, default=15, limits={"lower_bound": 1}),
     Flag("out", "a folder for the report as JSON and Markdown; nothing is written without it"),
 ]
-SUITES = ("kernels",)
+
+
+def _kernels() -> tuple[Callable[[int], list], ...]:
+    from lcx.benchmarks.attention import attention_results  # takes seconds: JAX
+    from lcx.benchmarks.kernels import scan_results
+    from lcx.benchmarks.memory import memory_results
+
+    return scan_results, attention_results, memory_results
+
+
+SUITES = {"kernels": _kernels}  # each gives its parts, which make results of a number of rounds
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,12 +35,9 @@ def main(argv: Sequence[str]) -> int:
         name = suites[0] if suites else ""
         raise UserError(f'lcx benchmark: say which suite, not "{name}": {suggest(name, SUITES)}')
     folder = None if values.out is None else _folder(values.out)  # before minutes are spent
-    from lcx.benchmarks import harness  # takes seconds: JAX
-    from lcx.benchmarks.attention import attention_results
-    from lcx.benchmarks.kernels import scan_results
-    from lcx.benchmarks.memory import memory_results
+    from lcx.benchmarks import harness
 
-    results = [result for part in (scan_results, attention_results, memory_results) for result in part(values.rounds)]
+    results = [result for part in SUITES[suites[0]]() for result in part(values.rounds)]
     report = harness.markdown(suites[0], results)
     print(report)
     for result in results:

@@ -1,5 +1,7 @@
 """Streams: chunk by chunk is the whole, and eviction is the attention of a rolling cache."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lcx.params import create, split
 TIME, WINDOW, SINKS = 40, 6, 2
 
 
+@cache
 def make(case: str, **options) -> LanguageModel:
     config = load_config(f"configs/{case}")
     config.model.update(d_model=32, vocab_size=32, periods=2)
@@ -26,32 +29,36 @@ def make(case: str, **options) -> LanguageModel:
     return nnx.merge(*create(lambda: LanguageModel(Config.from_dict(config).model, nnx.Rngs(0))))
 
 
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 32, TIME + 1, np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 32, TIME + 1, np.int32)
 
 
-def whole_losses(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    hidden, _, _ = jax.jit(model.hidden)(tokens[None, :-1])
-    return np.asarray(token_losses(model.logits, hidden, tokens[None, 1:], TIME)[0][0])
+@cache
+def whole_losses(case: str) -> np.ndarray:
+    model = make(case)
+
+    @jax.jit
+    def losses(tokens):
+        hidden, _, _ = model.hidden(tokens[:, :-1])
+        return token_losses(model.logits, hidden, tokens[:, 1:], TIME)[0][0]
+
+    return np.asarray(losses(TOKENS[None]))
 
 
 @pytest.mark.parametrize("case", ["samba.py", "transformer.py"])
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])
-def test_chunks_are_the_whole(case, chunk_size, tokens):
-    model = make(case)
-    np.testing.assert_allclose(stream_losses(model, tokens, chunk_size), whole_losses(model, tokens), rtol=1e-4)
+def test_chunks_are_the_whole(case, chunk_size):
+    np.testing.assert_allclose(stream_losses(make(case), TOKENS, chunk_size), whole_losses(case), rtol=1e-4)
 
 
 @pytest.mark.parametrize("form, sinks", [("logit", 0), ("zero", SINKS), ("token", 1)])
-def test_eviction_is_the_attention_of_a_window_with_sinks(form, sinks, tokens):
+def test_eviction_is_the_attention_of_a_window_with_sinks(form, sinks):
     """The same numbers as a model trained with that window; those of full attention until a token is evicted."""
-    full = make(f"sink.py:form={form}")
-    windowed = make(f"sink.py:form={form}", window=WINDOW, sink_tokens=sinks)
+    case = f"sink.py:form={form}"
+    full, windowed = make(case), make(case, window=WINDOW, sink_tokens=sinks)
     nnx.update(windowed, nnx.state(full))
-    evicted = stream_losses(evicting(full, WINDOW, sinks), tokens, chunk_size=9)
-    np.testing.assert_allclose(evicted, stream_losses(windowed, tokens, chunk_size=9), rtol=1e-6)
-    everything, kept = whole_losses(full, tokens), WINDOW + sinks
+    evicted = stream_losses(evicting(full, WINDOW, sinks), TOKENS, chunk_size=9)
+    np.testing.assert_allclose(evicted, stream_losses(windowed, TOKENS, chunk_size=9), rtol=1e-6)
+    everything, kept = whole_losses(case), WINDOW + sinks
     np.testing.assert_allclose(evicted[:kept], everything[:kept], rtol=1e-4)
     assert np.abs(evicted[kept:] - everything[kept:]).min() > 1e-6
 

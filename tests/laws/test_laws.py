@@ -12,12 +12,14 @@ from lcx.config import Config, load_config
 from lcx.mixers import MIXERS, find_mixer
 
 TIME = 16
-LENGTHS = (1, 2, 3, 7, 16)  # of chunks and of documents; each is one compiled function
+# Of chunks and of documents; each is one compiled function. Which splits are lawful float64 finds; float32 rounds.
+LENGTHS = {"float64": (1, 3, 7, 16), "float32": (1, 7, 16)}
 ROWS = 4
 USER_MIXER = "examples.moving_average:MovingAverage"
-FAMILIES = ("transformer", "mamba", "samba", "infini")
-# The same mixers and patterns with other options: in `make drills`.
+FAMILIES = ("transformer", "samba", "infini")
+# The same mixers and patterns with other options, or a part of SAMBA alone: in `make drills`.
 ABLATIONS = (
+    "mamba",
     "sink",
     "sink:form=token,window=5",
     "infini:update=segment_delta",
@@ -42,10 +44,10 @@ MIXER_EXAMPLES = [
 def subjects(law: str) -> list:
     """Mixers that do not declare to break the law, in both dtypes.
 
-    Families in float32, and their ablations, in float64 only, are left to `make drills`.
+    Families in float32, and their ablations, are left to `make drills`.
     """
     mixers = [f"{name}-{example}" for name, example in MIXER_EXAMPLES if law not in find_mixer(name).lawful_except]
-    later = [(family, "float32") for family in FAMILIES] + [(family, "float64") for family in ABLATIONS]
+    later = [(family, "float32") for family in (*FAMILIES, "mamba")] + [(family, "float64") for family in ABLATIONS]
     return (
         [(name, dtype) for name in mixers for dtype in ("float64", "float32")]
         + [(f"family-{family}", "float64") for family in FAMILIES]
@@ -84,21 +86,21 @@ def small_model(family: str, dtype: str):
     return Config.from_dict(config).model
 
 
-def composition(draw, total: int) -> list[int]:
+def composition(draw, total: int, dtype: str) -> list[int]:
     """Numbers of LENGTHS that add up to total."""
     parts = []
     while sum(parts) < total:
         left = total - sum(parts)
-        parts.append(draw(st.sampled_from([length for length in LENGTHS if length <= left])))
+        parts.append(draw(st.sampled_from([length for length in LENGTHS[dtype] if length <= left])))
     return draw(st.permutations(parts))
 
 
 @st.composite
-def packings(draw):
+def packings(draw, dtype: str):
     """Arguments of `laws.pack`: each draw has a row of padding alone, a document longer than its row that continues a
     state, a document of one token, and rows that start anywhere on states that hold anything."""
-    with_single = [1, *composition(draw, TIME - 1)]
-    rows = [[TIME], [TIME], with_single, composition(draw, TIME)]
+    with_single = [1, *composition(draw, TIME - 1, dtype)]
+    rows = [[TIME], [TIME], with_single, composition(draw, TIME, dtype)]
     held = st.integers(0, 7)
     return dict(
         rows=rows,
@@ -119,7 +121,7 @@ def lawful(law):
         def run(name, dtype, data):
             with jax.enable_x64(dtype == "float64"):
                 subject = subject_of(name, dtype)
-                packing = data.draw(packings())
+                packing = data.draw(packings(dtype))
                 packing["lengths"][0] = 7  # the capacity of all states is one, whatever is drawn
                 test(subject, laws.pack(subject, **packing), laws.TOLERANCE[dtype], data.draw)
 
@@ -140,7 +142,7 @@ def test_causality(subject, chunk, tolerance, draw):
 @lawful("continuation")
 def test_continuation(subject, chunk, tolerance, draw):
     """Any split, single tokens included, gives the outputs, states and gradients of the whole."""
-    found = laws.continuation(subject, chunk, composition(draw, TIME))
+    found = laws.continuation(subject, chunk, composition(draw, TIME, subject.dtype))
     assert found.value <= tolerance, found
 
 

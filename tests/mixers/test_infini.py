@@ -1,6 +1,7 @@
 """Infini-attention: what the paper's equations imply, and what the gates declare."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def make(**options):
     return graphdef, spread(params)
 
 
+@partial(jax.jit, static_argnums=0)
 def run(graphdef, params, x, positions, state=None):
     length = jnp.zeros((len(x),), jnp.int32)
     context = Context(jnp.asarray(positions), jnp.ones_like(positions), length)
@@ -89,15 +91,15 @@ def test_a_token_does_not_find_its_own_segment_in_the_memory(x):
             return jnp.sum(jnp.square(graph(x, None, context)[0][:, second]))
 
         graph_value = nnx.merge(graphdef, params).value
-        own = jax.grad(loss)(values, second)
-        earlier = jax.grad(loss)(values, slice(0, SEGMENT))
+        pieces = (second, slice(0, SEGMENT))
+        own, earlier = jax.jit(lambda values: [jax.grad(loss)(values, piece) for piece in pieces])(values)
     assert np.all(np.asarray(y[:, :SEGMENT]) == 0) and np.any(np.asarray(y[:, second]) != 0)
     assert np.all(np.asarray(own) == 0) and np.any(np.asarray(earlier) != 0)
 
 
 def test_gates_declare_their_own_rate_and_no_decay():
     mixer, dims = MIXERS["infini"], ModelDims(D, sublayers=2)
-    module = mixer(mixer.Options(**OPTIONS), dims, nnx.Rngs(0))
+    module = nnx.merge(*create(lambda: mixer(mixer.Options(**OPTIONS), dims, nnx.Rngs(0))))
     assert declarations(module)["gate"] == Declaration(("heads",), decay=False, learning_rate=0.01, absolute=True)
     assert np.all(np.asarray(module.gate[...]) == 0)
 
@@ -113,13 +115,14 @@ def test_gates_and_memory_norms_are_reported(x):
 
 def test_half_precision_keeps_the_memory_in_float32():
     dims = replace(DIMS, param_dtype=jnp.float32, compute_dtype=jnp.bfloat16)
-    mixer = MIXERS["infini"](MIXERS["infini"].Options(**OPTIONS), dims, nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 9, D), jnp.bfloat16)
-    context = Context(jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32), jnp.zeros((1,), jnp.int32))
-    y, state, _ = mixer(x, None, context)
+    make = lambda: MIXERS["infini"](MIXERS["infini"].Options(**OPTIONS), dims, nnx.Rngs(0))  # noqa: E731
+    graphdef, params = create(make)
+    x, positions = jnp.ones((1, 9, D), jnp.bfloat16), np.arange(9, dtype=np.int32)[None]
+    y, state, _ = jax.eval_shape(partial(run, graphdef), params, x, positions)
     wide = {name: leaf.dtype for name, leaf in state.items() if "memory" in name or "normalizer" in name}
     assert set(wide.values()) == {jnp.dtype("float32")} and len(wide) == 4 and y.dtype == jnp.bfloat16
-    assert {name: leaf.dtype for name, leaf in mixer.init_state(1, 9).items()} == {n: a.dtype for n, a in state.items()}
+    empty = nnx.merge(graphdef, params).init_state(1, 9)
+    assert {name: leaf.dtype for name, leaf in empty.items()} == {n: a.dtype for n, a in state.items()}
 
 
 @pytest.mark.parametrize("update", ["linear", "segment_delta"])

@@ -1,13 +1,12 @@
 """Mamba's norms of dt, B and C, against the equations written out in NumPy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from lcx.mixers import Context, ModelDims, build_mixer
-from lcx.params import declarations, split
+from lcx.params import create, declarations, split
 
 NORMS = {"dt_norm": 2, "B_norm": 4, "C_norm": 4}  # and their widths
 # An eps that shows: the mean squares of what is normed are of this size.
@@ -15,7 +14,8 @@ DIMS = ModelDims(d_model=32, sublayers=2, norm_eps=0.05)
 
 
 def build(**options):
-    return build_mixer("mamba", {"type": "mamba", "state_size": 4, **options}, DIMS, nnx.Rngs(0))
+    record = {"type": "mamba", "state_size": 4, **options}
+    return nnx.merge(*create(lambda: build_mixer("mamba", record, DIMS, nnx.Rngs(0))))
 
 
 def norm(x, scale):
@@ -52,9 +52,9 @@ def test_norms_stand_between_x_proj_and_dt_proj(normed):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype), params)
     u = rng.normal(size=(1, 12, 32)).astype(np.float32)
-    positions = jnp.arange(12, dtype=jnp.int32)[None]
-    context = Context(positions, jnp.ones_like(positions), jnp.zeros((1,), jnp.int32))
-    y, state, _ = nnx.merge(graphdef, params)(jnp.asarray(u), None, context)
+    positions = np.arange(12, dtype=np.int32)[None]
+    context = Context(positions, np.ones_like(positions), np.zeros((1,), np.int32))
+    y, state, _ = jax.jit(lambda params: nnx.merge(graphdef, params)(u, None, context))(params)
     # The state tells the scales of B and C apart; to y they are one factor.
     for found, expected in zip(
         (y[0], state["ssm"][0]), mamba(jax.tree.map(np.float64, params), np.float64(u[0]), normed), strict=True

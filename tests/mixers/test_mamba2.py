@@ -47,7 +47,8 @@ def test_the_reading_of_the_paper(groups, limit):
 
 
 def test_it_starts_as_the_paper_does():
-    mixer = build_mixer("mine", {"type": "mamba2", "head_dim": 2}, ModelDims(1024, sublayers=8), nnx.Rngs(0))
+    record, dims = {"type": "mamba2", "head_dim": 2}, ModelDims(1024, sublayers=8)
+    mixer = nnx.merge(*create(lambda: build_mixer("mine", record, dims, nnx.Rngs(0))))
     rate, step = np.exp(mixer.A_log[...]), np.log1p(np.exp(mixer.dt_bias[...]))
     assert rate.shape == step.shape == (1024,)
     assert 1 <= rate.min() < 1.2 and 15.8 < rate.max() <= 16.0001 and abs(rate.mean() - 8.5) < 0.5  # uniform in A

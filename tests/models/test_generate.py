@@ -1,6 +1,6 @@
 """Generation: the model's own forward, for prompts of any lengths in chunks of any size, sampled as asked."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ SMALL = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "segment_length": 4, "d
 # Longer and shorter than windows and segments; alone and together they end at different places of a segment.
 PROMPTS = [np.array(prompt) for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7, 1, 8], [0])]
 COUNT = 6
+# That chunks of any size are the whole is every mixer's own law (continuation); a hybrid shows it of generation.
+CHUNK_SIZES = {"samba": (1, 3, 7)}
 
 
 @cache
@@ -89,7 +91,7 @@ def test_prompts_of_different_lengths_in_chunks_of_any_size(family, write):
     tokens, logits = write(model, PROMPTS)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
     np.testing.assert_allclose(logits, whole_forward(model, PROMPTS, tokens), rtol=1e-4, atol=1e-5)
-    for chunk_size in (1, 3, 7):
+    for chunk_size in CHUNK_SIZES.get(family, (3,)):
         chunked, chunked_logits = write(model, PROMPTS, chunk_size)
         np.testing.assert_array_equal(chunked, tokens)
         np.testing.assert_allclose(chunked_logits, logits, rtol=1e-4, atol=1e-5)
@@ -100,8 +102,10 @@ def test_only_full_attention_needs_more_memory_for_more_tokens(family, monkeypat
     sizes = {}
 
     def watched(graphdef, params, state, *rest, advance=module._advance):
-        sizes[max_tokens].add(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        return advance(graphdef, params, state, *rest)
+        """Computes nothing: sizes are static."""
+        sizes[max_tokens].add(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+        token, state = jax.eval_shape(partial(advance, graphdef), params, state, *rest)
+        return np.zeros(token.shape, token.dtype), state
 
     monkeypatch.setattr(module, "_advance", watched)
     for max_tokens in (10, 10_000):
@@ -170,9 +174,8 @@ def test_a_seed_writes_the_same_and_another_does_not():
 
 def draws(count: int = 4000, **settings) -> np.ndarray:
     """How often each of five tokens of known probabilities is drawn."""
-    probabilities = jnp.array([0.05, 0.4, 0.1, 0.15, 0.3])
-    logits = jnp.broadcast_to(jnp.log(probabilities), (count, 5))
-    tokens = sample(jax.random.key(0), logits, **(SETTINGS | settings))
+    logits = np.tile(np.log(np.array([0.05, 0.4, 0.1, 0.15, 0.3], np.float32)), (count, 1))
+    tokens = jax.jit(sample)(jax.random.key(0), logits, **(SETTINGS | settings))
     return np.bincount(np.asarray(tokens), minlength=5) / count
 
 

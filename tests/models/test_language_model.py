@@ -1,5 +1,7 @@
 """The model around the mixers: positions, states, capacity, scan, remat, heads and dtypes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,18 @@ def make(config: ModelConfig) -> LanguageModel:
     return nnx.merge(*create(lambda: LanguageModel(config, nnx.Rngs(0))))
 
 
+@partial(jax.jit, static_argnums=0)
+def _forward(graphdef, params, tokens, state):
+    model = nnx.merge(graphdef, params)
+    hidden, _, _ = model.hidden(tokens, state)
+    return *model(tokens, state), hidden
+
+
+def forward(model: LanguageModel, tokens: jax.Array, state: dict | None = None) -> tuple:
+    """(logits, state, aux, hidden), compiled."""
+    return _forward(*split(model), tokens, state)
+
+
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     return make(small("mamba mlp full mlp", periods=2))
@@ -42,8 +56,7 @@ def tokens() -> jax.Array:
 
 
 def test_call_is_logits_of_hidden_and_the_state_counts(model, tokens):
-    logits, state, aux = model(tokens)
-    hidden, _, _ = model.hidden(tokens)
+    logits, state, aux, hidden = forward(model, tokens)
     np.testing.assert_allclose(logits, hidden @ model.embedding.table[...].T, rtol=1e-5, atol=1e-6)
     assert logits.shape == (BATCH, TIME, 64) and logits.dtype == jnp.float32
     assert state["position"].tolist() == state["length"].tolist() == [TIME] * BATCH
@@ -51,10 +64,10 @@ def test_call_is_logits_of_hidden_and_the_state_counts(model, tokens):
 
 
 def test_prefill_then_decode_is_one_forward(model, tokens):
-    whole, _, _ = model(tokens)
+    whole, *_ = forward(model, tokens)
     state, parts = model.init_state(BATCH, TIME + 3), []
     for start, stop in ((0, 7), (7, 8), (8, TIME)):
-        logits, state, _ = model(tokens[:, start:stop], state)
+        logits, state, *_ = forward(model, tokens[:, start:stop], state)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
 
@@ -134,30 +147,34 @@ def test_untied_head_is_its_own_parameter(tokens):
     tied, untied = make(small()), make(small(tie_embeddings=False))
     assert not hasattr(tied, "head")
     assert untied.head.table.shape == (64, 32)
-    hidden, _, _ = untied.hidden(tokens)
-    np.testing.assert_allclose(untied.logits(hidden), hidden @ untied.head.table[...].T, rtol=1e-5, atol=1e-6)
+    logits, *_, hidden = forward(untied, tokens)
+    np.testing.assert_allclose(logits, hidden @ untied.head.table[...].T, rtol=1e-5, atol=1e-6)
 
 
 def test_parallel_sums_two_mixers_of_one_normed_input(tokens):
     model = make(small("parallel(mamba, swa)", periods=1))
     (layer,) = model.stack.layers.values()
     merged = nnx.merge(*[split(layer)[0], jax.tree.map(lambda leaf: leaf[0], split(layer)[1])])
-    x = model.embedding(tokens, jnp.float32)
     context = make_context(tokens.shape, None, None, None)
-    normed = merged.norm(x)
-    expected = x + sum(merged.mixers[name](normed, None, context)[0] for name in ("mamba", "swa"))
-    found, _, _ = model.stack(x, None, context)
+
+    @jax.jit
+    def both(tokens):
+        x = model.embedding(tokens, jnp.float32)
+        normed = merged.norm(x)
+        expected = x + sum(merged.mixers[name](normed, None, context)[0] for name in ("mamba", "swa"))
+        return model.stack(x, None, context)[0], expected
+
+    found, expected = both(tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_keeps_stream_states_and_logits_wide(tokens):
     model = make(small("mamba mlp full mlp", compute_dtype="bfloat16"))
-    logits, state, _ = model(tokens)
-    hidden, _, _ = model.hidden(tokens)
+    logits, state, _, hidden = forward(model, tokens)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert state["layers"]["0_mamba"]["mamba"]["ssm"].dtype == jnp.float32
     assert state["layers"]["2_full"]["full"]["key"].dtype == jnp.bfloat16
-    exact, _, _ = make(small("mamba mlp full mlp"))(tokens)
+    exact, *_ = forward(make(small("mamba mlp full mlp")), tokens)
     assert 0 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.03
 
 
@@ -190,5 +207,5 @@ def test_patterns_name_their_layers():
 def test_config_is_taken_as_a_config_dict(tokens):
     config = load_config("configs/mamba.py:size=tiny")
     assert isinstance(Config.from_dict(config).model, ModelConfig)
-    logits, _, _ = LanguageModel(config.model, nnx.Rngs(0))(tokens)
+    logits, _, _ = jax.eval_shape(lambda tokens: LanguageModel(config.model, nnx.Rngs(0))(tokens), tokens)
     assert logits.shape == (BATCH, TIME, 256)

@@ -77,28 +77,37 @@ def test_the_ring_is_dense_attention(shards, time):
     assert difference.value < 1e-9, difference
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_both_exchanges_with_sinks(exchange, dtype, tolerance):
-    q, k, v, documents = draw(32)
-    sinks = np.linspace(-1.0, 1.0, HEADS)
-    cast = [jnp.asarray(array, dtype) for array in (q, k, v)]
+def loss_and_gradients(function, dtype) -> tuple:
+    """Of q, k, v and sinks."""
+    sinks = np.linspace(-1, 1, HEADS, dtype=np.float32)
 
-    def loss(function, *arrays):
+    def loss(*arrays):
         return jnp.sum(jnp.sin(function(*arrays).astype(jnp.float32)))
+
+    arguments = *(array.astype(dtype) for array in draw(32)[:3]), sinks
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arguments)
+
+
+@functools.cache
+def dense_with_sinks(dtype) -> tuple:
+    documents = draw(32)[3]
 
     def whole(q, k, v, sinks):
         return attention(q, k, v, segment_ids=documents, sinks=sinks, backend="reference")[0]
+
+    return loss_and_gradients(whole, dtype)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_both_exchanges_with_sinks(exchange, dtype, tolerance):
+    documents = draw(32)[3]
 
     def cut(q, k, v, sinks):
         local = lambda q, k, v, ids, sinks: attend(q, k, v, ids, sinks, exchange=exchange)  # noqa: E731
         return over_shards(local, 4, whole=1)(q, k, v, documents, sinks)
 
-    arguments = (*cast, jnp.asarray(sinks, jnp.float32))
-    found, expected = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, function), argnums=(0, 1, 2, 3)))(*arguments)
-        for function in (cut, whole)
-    )
+    found, expected = loss_and_gradients(cut, dtype), dense_with_sinks(dtype)
     difference = deviation({"all": found[1]}, {"all": expected[1]})
     assert difference.value < tolerance, difference
     assert abs(found[0] - expected[0]) < tolerance * abs(expected[0])
@@ -107,9 +116,13 @@ def test_both_exchanges_with_sinks(exchange, dtype, tolerance):
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8])
 def test_pieces_are_dealt_from_both_ends_and_collected(shards):
     pieces = np.arange(2.0 * shards)[None]
-    dealt = np.asarray(over_shards(functools.partial(deal, axis="seq"), shards)(pieces))
-    assert dealt.reshape(shards, 2).tolist() == [[shard, 2 * shards - 1 - shard] for shard in range(shards)]
-    back = over_shards(functools.partial(collect, axis="seq"), shards)(dealt)
+
+    def there_and_back(pieces):
+        dealt = deal(pieces, axis="seq")
+        return dealt, collect(dealt, axis="seq")
+
+    dealt, back = jax.jit(over_shards(there_and_back, shards))(pieces)
+    assert np.reshape(dealt, (shards, 2)).tolist() == [[shard, 2 * shards - 1 - shard] for shard in range(shards)]
     np.testing.assert_array_equal(back, pieces)
 
 

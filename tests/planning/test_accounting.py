@@ -8,7 +8,7 @@ from flax import nnx
 from lcx.config import load_config
 from lcx.errors import UserError
 from lcx.models import LanguageModel
-from lcx.params import split
+from lcx.params import create, split
 from lcx.planning import flops_per_token, parameter_count, state_bytes
 
 FAMILIES = ["transformer.py", "mamba.py", "mamba2.py", "samba.py", "infini.py", "sink.py:form=token,window=60"]
@@ -23,14 +23,15 @@ def config_of(argument, **fields):
 @pytest.mark.parametrize("argument", FAMILIES)
 def test_a_model_that_exists_has_what_was_planned(argument):
     config = config_of(argument, compute_dtype="bfloat16", d_model=64, periods=1)
-    model = LanguageModel(config, nnx.Rngs(0))
+    model = nnx.merge(*create(lambda: LanguageModel(config, nnx.Rngs(0))))
+    size = lambda leaf: leaf.size * leaf.dtype.itemsize  # noqa: E731
     assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
     for context in (100, 1000):
-        state = model.init_state(1, context)
-        assert state_bytes(config, context) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        state = jax.eval_shape(lambda context=context: model.init_state(1, context))
+        assert state_bytes(config, context) == sum(map(size, jax.tree.leaves(state)))
         assert flops_per_token(config, context) * context == pytest.approx(model.flops(context), rel=1e-12)
-    left = model(jnp.zeros((1, 100), jnp.int32), model.init_state(1, 100))[1]
-    assert state_bytes(config, 100) == sum(leaf.nbytes for leaf in jax.tree.leaves(left))
+    left = jax.eval_shape(lambda tokens: model(tokens, model.init_state(1, 100))[1], jnp.zeros((1, 100), jnp.int32))
+    assert state_bytes(config, 100) == sum(map(size, jax.tree.leaves(left)))
 
 
 def test_published_sizes_by_hand():
