@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from lcx.config import Config
 from lcx.errors import UserError
 from lcx.models import LanguageModel
-from lcx.parallel.sharding import activation_sharding, constrain
+from lcx.parallel.sharding import Rules, activation_sharding, constrain
 
 LONGEST = 2**30  # tokens a row is said to hold at most: more than any mixer looks back, and int32 with a chunk added
 
 
-def abstract_carried(config: Config, model: LanguageModel, mesh: jax.sharding.Mesh) -> dict:
+def abstract_carried(config: Config, model: LanguageModel, mesh: jax.sharding.Mesh, rules: Rules) -> dict:
     """What rows carry, as ShapeDtypeStructs with shardings: {} where they carry nothing, else the model's state, and
     `next`, the data index that it leads up to (int32 []).
 
@@ -34,15 +34,15 @@ def abstract_carried(config: Config, model: LanguageModel, mesh: jax.sharding.Me
                     "train without carried states."
                 )
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    by_row = activation_sharding(("batch",), mesh)
-    by_period = activation_sharding((None, "batch"), mesh)
+    by_row = activation_sharding(("batch",), mesh, rules)
+    by_period = activation_sharding((None, "batch"), mesh, rules)
     return {
         "state": {
             "position": place(state["position"], by_row),
             "length": place(state["length"], by_row),
             "layers": jax.tree.map(lambda leaf: place(leaf, by_period), state["layers"]),
         },
-        "next": place(jax.ShapeDtypeStruct((), jnp.int32), activation_sharding((), mesh)),
+        "next": place(jax.ShapeDtypeStruct((), jnp.int32), activation_sharding((), mesh, rules)),
     }
 
 

@@ -77,7 +77,7 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         data_index=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         rng=place(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
-        carried=abstract_carried(config, plan.model(plan.shapes), mesh),
+        carried=abstract_carried(config, plan.model(plan.shapes), mesh, plan.rules),
     )
 
 
