@@ -8,6 +8,7 @@ layer are compared, and the first layer that differs is named.
 
 import importlib.metadata
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,11 +201,14 @@ def run_torch(model: Any, tokens: np.ndarray) -> Results:
     tokens = torch.from_numpy(tokens).long()
     prompt = tokens.shape[1] - DECODED
     name = "cache_params" if "mamba" in model.config.model_type else "past_key_values"
+    asked = inspect.signature(model.forward).parameters  # early versions want to be told where a cache is
+    place = lambda index: {"cache_position": torch.tensor([index])} if "cache_position" in asked else {}  # noqa: E731
     with torch.no_grad():
         out = model(tokens[:, :prompt], use_cache=True)
         prefill, decoded = out.logits.float().numpy(), []
         for index in range(prompt, tokens.shape[1]):
-            out = model(tokens[:, index : index + 1], use_cache=True, **{name: getattr(out, name)})
+            state = {name: getattr(out, name)} | place(index)
+            out = model(tokens[:, index : index + 1], use_cache=True, **state)
             decoded.append(out.logits.float().numpy())
     return Results(prefill, np.concatenate(decoded, axis=1))
 

@@ -494,7 +494,8 @@ class LcxPreTrainedModel(PreTrainedModel):
         return False  # forward makes its own
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear | nn.Embedding):
+        loaded = getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
+        if isinstance(module, nn.Linear | nn.Embedding) and not loaded:
             module.weight.data.normal_(0.0, self.config.initializer_range)
 
 

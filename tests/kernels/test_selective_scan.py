@@ -165,6 +165,11 @@ def in_float32(arguments):
     return {name: jnp.asarray(value, jnp.float32) for name, value in arguments.items()}
 
 
+def slow(*values):
+    """A case for `make drills`, not for `make test`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class ScanTests:
     """The laws and cases of a backend; subclasses say which.
 
@@ -371,6 +376,20 @@ class TestPallasTpu(ScanTests):
     chunk_size = 16
     check_vma = False  # JAX's interpreter of kernels does not track axes
     environment = interpreted
+
+    # Kernels take long to interpret: what is special to a single row is XLA's, and float32 is simulated below.
+    @pytest.mark.parametrize("case", [slow(case) if case in ("one row", "one odd row") else case for case in CASES])
+    def test_float64(self, case):
+        super().test_float64(case)
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [slow(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+    def test_lower_precisions(self, dtype, tolerance):
+        super().test_lower_precisions(dtype, tolerance)
+
+    @pytest.mark.parametrize("batch", [slow(1), 2])
+    @pytest.mark.parametrize("noise", ["numbers", "nan"])
+    def test_documents_are_isolated_to_the_bit(self, noise, batch):
+        super().test_documents_are_isolated_to_the_bit(noise, batch)
 
     @pytest.mark.parametrize("chunk_size", [32])
     def test_chunk_size_changes_nothing(self, chunk_size):
