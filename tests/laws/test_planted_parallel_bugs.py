@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import jax
@@ -17,7 +17,7 @@ from lcx.parallel.mesh import make_mesh
 from lcx.parallel.sharding import ambient_mesh, time_shards
 from lcx.training import train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.mesh
 
 HEADS = {"type": "attention", "num_heads": 4, "num_kv_heads": 2}
 MIXERS = {
@@ -375,13 +375,29 @@ def planted(bug: Bug):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", BUGS)
+# Of `.ci/run`; `make meshes` plants all.
+FIRST = {
+    "a halo off by one",
+    "a weight's gradient not summed",
+    "a state carried across documents",
+    "dK and dV of the last hop",
+    "a sink counted on every shard",
+    "a loss averaged over shards of time",
+    "attention",
+}
+
+
+def some(names: Iterable[str]) -> list:
+    return [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", some(BUGS))
 def test_each_bug_is_caught(name):
     bug = BUGS[name]
     with planted(bug):
         assert broken(bug.pattern, bug.mesh) == bug.caught
 
 
-@pytest.mark.parametrize("pattern", sorted({bug.pattern for bug in BUGS.values()}))
+@pytest.mark.parametrize("pattern", some(sorted({bug.pattern for bug in BUGS.values()})))
 def test_without_a_bug_nothing_is_broken(pattern):
     assert broken(pattern, {"data": 2, "seq": 4}) == set()
