@@ -6,7 +6,7 @@ heads are 64 or a multiple of 128 wide; others are padded with zeros, which chan
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,6 @@ class _Inputs(NamedTuple):
 
 def refusal(arguments: Arguments, static: Static) -> str | None:
     """Why this file cannot do a call with inclusive reads, or None."""
-    if arguments.log_decay is not None and arguments.log_decay.ndim == 4:
-        return "no decay by key channel"
     k_heads, v_heads = arguments.k.shape[2], arguments.v.shape[2]
     if v_heads < k_heads:
         return "no value head with several key heads"
@@ -135,13 +133,14 @@ def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
         v=flat(arguments.v, plan.values.width),
         decay=rows(arguments.log_decay),
         beta=rows(arguments.beta),
-        document=_document(plan, arguments) if plan.documents else None,
+        document=documents_by_chunk(plan, arguments) if plan.documents else None,
         memory=memory.reshape(plan.batch, plan.state_rows, -1),
         normalizer=_to_lanes(plan, arguments.state.normalizer) if plan.normalize else None,
     )
 
 
-def _document(plan: Plan, arguments: Arguments) -> jax.Array:
+def documents_by_chunk(plan: Any, arguments: Arguments) -> jax.Array:
+    """`_Inputs.document`, of a plan with batch, time, chunks and chunk."""
     reset = arguments.reset
     if reset is None:
         reset = jnp.zeros_like(arguments.k[:, :, 0, 0], dtype=bool)
