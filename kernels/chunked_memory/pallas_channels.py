@@ -8,7 +8,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
@@ -22,6 +21,8 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     Lanes,
     call,
     flat,
+    flat_state,
+    heads_of_state,
     narrowed,
     round_up,
     share,
@@ -61,8 +62,7 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     out, memory = _scan(plan, _inputs(plan, arguments))
     if out is not None:
         out = narrowed(out.reshape(plan.batch, plan.time, plan.heads, -1), plan.depth)
-    memory = memory.reshape(plan.batch, plan.keys.width, plan.heads, -1)[:, : plan.width, :, : plan.depth]
-    return out, SegmentState(memory.transpose(0, 2, 1, 3), None, None, None)
+    return out, SegmentState(heads_of_state(memory, plan.heads, plan.width, plan.depth), None, None, None)
 
 
 def _plan(arguments: Arguments, static: Static) -> Plan:
@@ -90,17 +90,13 @@ def _plan(arguments: Arguments, static: Static) -> Plan:
 
 def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
     q, k, v = (None if array is None else spread(array, plan.heads) for array in arguments[:3])
-    memory = arguments.state.memory.astype(plan.dtype).transpose(0, 2, 1, 3)
-    missing = (plan.keys.width - plan.width, plan.values.width - plan.depth)
-    if any(missing):
-        memory = jnp.pad(memory, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
     return _Inputs(
         q=flat(q, plan.keys.width),
         k=flat(k, plan.keys.width),
         v=flat(v, plan.values.width),
         decay=flat(arguments.log_decay, plan.keys.width),
         document=documents_by_chunk(plan, arguments) if plan.documents else None,
-        memory=memory.reshape(plan.batch, plan.keys.width, -1),
+        memory=flat_state(arguments.state.memory, plan.keys, plan.values, plan.dtype),
     )
 
 

@@ -13,7 +13,7 @@ right halves, after it to its half's end in left ones,
     P = diag(Q . K) + sum over h of H_h * (D_h * Q) (D_h * K)^T
 
 where H_h marks the pairs of h. Each sum is a product of a matrix of 0 and 1 with a: none has tokens that are not
-between the two, nothing is subtracted, and no exponent is above 0. With X_h = H_h * (dOut V^T), and G the gradient of M':
+between the two, nothing is subtracted, and no exponent is above 0. With X_h = H_h * (dOut V^T), G the gradient of M':
 
     dQ = sum over h of D_h * (X_h (D_h * K)) + c * (dOut M^T)       dV = P^T dOut + (e * K) G
     dK = sum over h of D_h * (X_h^T (D_h * Q)) + e * (V G^T)        dM = f G + (c * Q)^T dOut

@@ -22,6 +22,8 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     Lanes,
     call,
     flat,
+    flat_state,
+    heads_of_state,
     itemsize,
     narrowed,
     round_up,
@@ -108,10 +110,10 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     out, memory, normalizer = _scan(plan, _inputs(plan, arguments))
     if out is not None:
         out = narrowed(out.reshape(plan.batch, plan.time, plan.heads, -1), plan.depth)
-    memory = memory.reshape(plan.batch, plan.state_rows, plan.heads, -1)[:, : plan.width, :, : plan.depth]
     if plan.normalize:
         normalizer = _from_lanes(plan, normalizer)
-    return out, SegmentState(memory.transpose(0, 2, 1, 3), normalizer, None, None)
+    memory = heads_of_state(memory, plan.heads, plan.width, plan.depth)
+    return out, SegmentState(memory, normalizer, None, None)
 
 
 def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
@@ -123,10 +125,6 @@ def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
         array = array.reshape(plan.batch, plan.blocks, plan.program_heads, plan.chunks, plan.chunk)
         return jnp.swapaxes(array, 2, 3)
 
-    memory = arguments.state.memory.astype(plan.dtype).transpose(0, 2, 1, 3)
-    missing = (plan.state_rows - plan.width, plan.values.width - plan.depth)
-    if any(missing):
-        memory = jnp.pad(memory, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
     return _Inputs(
         q=flat(arguments.q, plan.keys.width),
         k=flat(arguments.k, plan.keys.width),
@@ -134,7 +132,7 @@ def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
         decay=rows(arguments.log_decay),
         beta=rows(arguments.beta),
         document=documents_by_chunk(plan, arguments) if plan.documents else None,
-        memory=memory.reshape(plan.batch, plan.state_rows, -1),
+        memory=flat_state(arguments.state.memory, plan.keys, plan.values, plan.dtype),
         normalizer=_to_lanes(plan, arguments.state.normalizer) if plan.normalize else None,
     )
 

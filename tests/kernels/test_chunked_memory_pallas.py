@@ -82,6 +82,10 @@ class TestPallasTpu(MemoryTests):
     def test_float64(self, name):
         self.compare(name)
 
+    @pytest.mark.parametrize("name", some_slow(["ssd", "gated", "infini"], ["ssd", "infini"]))
+    def test_bfloat16(self, name):
+        super().test_bfloat16(name)
+
     @SLOW
     @pytest.mark.parametrize("name", KINDS)
     def test_a_row_may_be_cut_anywhere(self, name):
