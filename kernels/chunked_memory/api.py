@@ -160,26 +160,30 @@ def as_returned(state: SegmentState, positions: jax.Array | None, static: Static
 def _initial_state(given: Any, k: jax.Array, v: jax.Array, static: Static) -> SegmentState:
     """The state in the form that backends take, checked."""
     batch, heads, width, values = k.shape[0], max(k.shape[2], v.shape[2]), k.shape[3], v.shape[3]
-    # Made from k and v, so that inside a shard_map an empty state varies over the mesh axes over which these vary.
-    empty = jnp.zeros_like(k[:, 0, :1, :, None] * v[:, 0, :1, None, :])
-    memory = jnp.broadcast_to(empty, (batch, heads, width, values))
-    normalizer = memory[..., 0] if static.normalize else None
-    nothing = SegmentState(memory, normalizer, *((memory, normalizer) if static.segmented else (None, None)))
+
+    def nothing() -> tuple[jax.Array, jax.Array | None]:
+        """Made from k and v, so that inside a shard_map it varies over the mesh axes over which these vary."""
+        memory = jnp.zeros_like(k[:, 0, :1, :, None] * v[:, 0, :1, None, :])
+        memory = jnp.broadcast_to(memory, (batch, heads, width, values))
+        return memory, memory[..., 0] if static.normalize else None
+
     if given is None:
-        return nothing
+        empty = nothing()
+        return SegmentState(*empty, *(empty if static.segmented else (None, None)))
     if isinstance(given, tuple) and not isinstance(given, SegmentState) and len(given) != 2:
         raise ValueError(f"initial_state: a tuple of {len(given)}, expected (memory, normalizer)")
     given = canonical(given)
-    for name, wanted in zip(("memory", "normalizer"), nothing[:2], strict=True):
-        if (getattr(given, name) is None) != (wanted is None):
+    for name, wanted in (("memory", True), ("normalizer", static.normalize)):
+        if (getattr(given, name) is not None) != wanted:
             raise ValueError(
-                f"initial_state: {name} {'given' if wanted is None else 'missing'}, expected "
+                f"initial_state: {name} {'missing' if wanted else 'given'}, expected "
                 f"{'(memory, normalizer)' if static.normalize else 'memory alone'} with normalize={static.normalize}"
             )
     for name, array in given._asdict().items():
         axes = "[batch, S, K, V]" if "memory" in name else "[batch, S, K]"
         check(f"initial_state.{name}", array, axes, batch, heads, width, *[values] * ("memory" in name))
-    if static.segmented:
-        opened = [b if a is None else a for a, b in zip(given[2:], nothing[2:], strict=True)]
-        return given._replace(open_memory=opened[0], open_normalizer=opened[1])
-    return given.total()
+    if not static.segmented:
+        return given.total()
+    missing = given.open_memory is None or (static.normalize and given.open_normalizer is None)
+    opened = zip(given[2:], nothing() if missing else (None, None), strict=True)
+    return SegmentState(*given[:2], *(empty if part is None else part for part, empty in opened))

@@ -6,7 +6,7 @@ heads are 64 or a multiple of 128 wide; others are padded with zeros, which chan
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     Lanes,
     call,
     flat,
+    flat_state,
+    heads_of_state,
     itemsize,
     narrowed,
     round_up,
@@ -50,8 +52,6 @@ class _Inputs(NamedTuple):
 
 def refusal(arguments: Arguments, static: Static) -> str | None:
     """Why this file cannot do a call with inclusive reads, or None."""
-    if arguments.log_decay is not None and arguments.log_decay.ndim == 4:
-        return "no decay by key channel"
     k_heads, v_heads = arguments.k.shape[2], arguments.v.shape[2]
     if v_heads < k_heads:
         return "no value head with several key heads"
@@ -110,10 +110,10 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     out, memory, normalizer = _scan(plan, _inputs(plan, arguments))
     if out is not None:
         out = narrowed(out.reshape(plan.batch, plan.time, plan.heads, -1), plan.depth)
-    memory = memory.reshape(plan.batch, plan.state_rows, plan.heads, -1)[:, : plan.width, :, : plan.depth]
     if plan.normalize:
         normalizer = _from_lanes(plan, normalizer)
-    return out, SegmentState(memory.transpose(0, 2, 1, 3), normalizer, None, None)
+    memory = heads_of_state(memory, plan.heads, plan.width, plan.depth)
+    return out, SegmentState(memory, normalizer, None, None)
 
 
 def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
@@ -125,23 +125,20 @@ def _inputs(plan: Plan, arguments: Arguments) -> _Inputs:
         array = array.reshape(plan.batch, plan.blocks, plan.program_heads, plan.chunks, plan.chunk)
         return jnp.swapaxes(array, 2, 3)
 
-    memory = arguments.state.memory.astype(plan.dtype).transpose(0, 2, 1, 3)
-    missing = (plan.state_rows - plan.width, plan.values.width - plan.depth)
-    if any(missing):
-        memory = jnp.pad(memory, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
     return _Inputs(
         q=flat(arguments.q, plan.keys.width),
         k=flat(arguments.k, plan.keys.width),
         v=flat(arguments.v, plan.values.width),
         decay=rows(arguments.log_decay),
         beta=rows(arguments.beta),
-        document=_document(plan, arguments) if plan.documents else None,
-        memory=memory.reshape(plan.batch, plan.state_rows, -1),
+        document=documents_by_chunk(plan, arguments) if plan.documents else None,
+        memory=flat_state(arguments.state.memory, plan.keys, plan.values, plan.dtype),
         normalizer=_to_lanes(plan, arguments.state.normalizer) if plan.normalize else None,
     )
 
 
-def _document(plan: Plan, arguments: Arguments) -> jax.Array:
+def documents_by_chunk(plan: Any, arguments: Arguments) -> jax.Array:
+    """`_Inputs.document`, of a plan with batch, time, chunks and chunk."""
     reset = arguments.reset
     if reset is None:
         reset = jnp.zeros_like(arguments.k[:, :, 0, 0], dtype=bool)

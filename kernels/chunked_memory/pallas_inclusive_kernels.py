@@ -106,7 +106,7 @@ class Plan:
 # What both kernels compute of a chunk.
 
 
-class _Marks(NamedTuple):
+class Marks(NamedTuple):
     """Which tokens see which. Masks; columns are None for all tokens."""
 
     upto: jax.Array  # [t, s]: s is in t's document, and t or before it
@@ -121,14 +121,14 @@ class _Marks(NamedTuple):
         return where(None if self.resets is None else jnp.broadcast_to(self.resets, values.shape) == 0, values)
 
 
-def _marks(refs: dict, size: int) -> _Marks:
+def read_marks(refs: dict, size: int) -> Marks:
     t, s = places(size)
     if "document" not in refs:
-        return _Marks(s <= t, s < t, None, None, None, None)
+        return Marks(s <= t, s < t, None, None, None, None)
     row = refs["document"][...].astype(jnp.float32)
     column, resets = as_column(row), row.max(axis=1, keepdims=True)
     same = row == column
-    return _Marks((s <= t) & same, (s < t) & same, column >= 0, column == 0, column == resets, resets)
+    return Marks((s <= t) & same, (s < t) & same, column >= 0, column == 0, column == resets, resets)
 
 
 class _Keys(NamedTuple):
@@ -144,7 +144,7 @@ class _Keys(NamedTuple):
     overlaps: list[jax.Array]  # K K^T by head, for the delta rule
 
 
-def _keys(plan: Plan, refs: dict, marks: _Marks, lanes) -> _Keys:
+def _keys(plan: Plan, refs: dict, marks: Marks, lanes) -> _Keys:
     q, clean_q, worth_q = read_clean(refs["q"], lanes, marks.inside, plan.dtype) if plan.reads else (None, None, None)
     k, clean_k, worth_k = read_clean(refs["k"], lanes, marks.inside, plan.dtype)
     heads, scores, overlaps = range(plan.keys.count), [], []
@@ -167,7 +167,7 @@ class _Decays(NamedTuple):
         return values if self.pairs is None else values * self.pairs
 
 
-def _decays(plan: Plan, refs: dict, marks: _Marks, head, broken: list) -> _Decays:
+def _decays(plan: Plan, refs: dict, marks: Marks, head, broken: list) -> _Decays:
     """Sums of log decays over stretches of tokens, each a sum of its own. To ``broken`` goes what NaNs are worth."""
     one = jnp.ones((plan.chunk, 1), plan.dtype)
     if not plan.decays:
@@ -205,7 +205,7 @@ class _Tile(NamedTuple):
     solved: _Solved | None
 
 
-def _tile(plan: Plan, refs: dict, marks: _Marks, keys: _Keys, index, memory) -> _Tile:
+def _tile(plan: Plan, refs: dict, marks: Marks, keys: _Keys, index, memory) -> _Tile:
     heads = [index * plan.values.count + j for j in range(plan.values.count)]
     broken = []
     decays = [_decays(plan, refs, marks, head, broken) for head in heads]
@@ -238,7 +238,7 @@ def _solve(plan, refs, marks, keys, heads, decays, start, v, value, memory):
     return written, value, _Solved(betas, found, rest, decayed, inverse)
 
 
-def _written(plan: Plan, tile: _Tile, marks: _Marks) -> jax.Array:
+def _written(plan: Plan, tile: _Tile, marks: Marks) -> jax.Array:
     """w U: what is left of each token's write at the chunk's end."""
     if not plan.decays:
         return where(marks.last, tile.written)  # as narrow as v
@@ -261,12 +261,12 @@ def forward_kernel(plan: Plan, refs: dict, out: dict, scratch: dict):
     if "borders" in out:
         for name in states:
             out["borders" if name == "memory" else "normalizer_borders"][...] = out[name][...]
-    marks = _marks(refs, plan.chunk)
+    marks = read_marks(refs, plan.chunk)
     common = _keys(plan, refs, marks, slice(None)) if plan.shared else None
     each(plan.tiles, functools.partial(_forward_tile, plan, refs, out, marks, common))
 
 
-def _forward_tile(plan: Plan, refs: dict, out: dict, marks: _Marks, common: _Keys | None, index):
+def _forward_tile(plan: Plan, refs: dict, out: dict, marks: Marks, common: _Keys | None, index):
     keys = common or _keys(plan, refs, marks, stretch(index, plan.keys.size))
     lanes = stretch(index, plan.values.size)
     memory = out["memory"][:, lanes]
@@ -305,7 +305,7 @@ def _set_normalizer(plan: Plan, ref, index, head, row):
     ref[pl.ds(index * plan.values.count + head, 1), :] = row
 
 
-def _denominator(plan: Plan, marks: _Marks, keys: _Keys, tile: _Tile, head: int, z: jax.Array) -> jax.Array:
+def _denominator(plan: Plan, marks: Marks, keys: _Keys, tile: _Tile, head: int, z: jax.Array) -> jax.Array:
     """A column: A 1 + a Q z + epsilon."""
     found = (keys.q.astype(plan.dtype) * z).sum(axis=1, keepdims=True)
     # The weights also show NaNs of v, as the numerator does.
@@ -321,7 +321,7 @@ def backward_kernel(plan: Plan, refs: dict, out: dict, scratch: dict):
         if plan.normalize:
             out["dnormalizer"][...] = refs["dfinal_normalizer"][...]
 
-    marks = _marks(refs, plan.chunk)
+    marks = read_marks(refs, plan.chunk)
     common = _keys(plan, refs, marks, slice(None)) if plan.shared else None
     for ref in scratch.values():
         ref[...] = jnp.zeros_like(ref)
@@ -350,7 +350,7 @@ class _Read(NamedTuple):
     denominators: list[jax.Array]  # columns
 
 
-def _read_gradients(plan: Plan, refs, marks: _Marks, keys: _Keys, tile: _Tile, index, memory) -> _Read:
+def _read_gradients(plan: Plan, refs, marks: Marks, keys: _Keys, tile: _Tile, index, memory) -> _Read:
     numerator = read(refs["dout"], stretch(index, plan.values.size), plan.dtype)
     found = None
     if plan.decays or plan.normalize:
@@ -376,7 +376,7 @@ def _read_gradients(plan: Plan, refs, marks: _Marks, keys: _Keys, tile: _Tile, i
     return _Read(numerator, clean, value, found, weights, denominators)
 
 
-def _backward_tile(plan: Plan, refs: dict, out: dict, scratch: dict, marks: _Marks, common: _Keys | None, index):
+def _backward_tile(plan: Plan, refs: dict, out: dict, scratch: dict, marks: Marks, common: _Keys | None, index):
     keys = common or _keys(plan, refs, marks, stretch(index, plan.keys.size))
     lanes, heads = stretch(index, plan.values.size), range(plan.values.count)
     memory, d_memory = refs["borders"][:, lanes], out["dmemory"][:, lanes]
@@ -435,7 +435,7 @@ class _SolvedBack(NamedTuple):
     overlaps: list[jax.Array]  # of K K^T
 
 
-def _solve_back(plan: Plan, marks: _Marks, keys: _Keys, tile: _Tile, dU, memory, pairs) -> _SolvedBack:
+def _solve_back(plan: Plan, marks: Marks, keys: _Keys, tile: _Tile, dU, memory, pairs) -> _SolvedBack:
     """From the gradient of U; ``pairs``, by head, what already reaches the sums of log decays between two tokens."""
     solved, heads = tile.solved, range(plan.values.count)
     value = where(marks.inside, worth(dU))

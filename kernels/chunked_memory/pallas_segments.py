@@ -22,6 +22,8 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     Lanes,
     call,
     flat,
+    flat_state,
+    heads_of_state,
     itemsize,
     narrowed,
     round_up,
@@ -96,9 +98,7 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
     if out is not None:
         out = narrowed(out.reshape(plan.batch, plan.time, plan.heads * plan.queries, -1), plan.depth)
 
-    def matrix(memory):
-        memory = memory.reshape(plan.batch, plan.keys.width, plan.heads, -1)[:, : plan.width, :, : plan.depth]
-        return memory.transpose(0, 2, 1, 3)
+    matrix = functools.partial(heads_of_state, heads=plan.heads, width=plan.width, depth=plan.depth)
 
     def vector(normalizer):
         if normalizer is None:
@@ -111,10 +111,7 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
 def _inputs(plan: Plan, arguments: Arguments) -> Inputs:
     keys, values, state = plan.keys, plan.values, arguments.state
 
-    def matrix(memory):
-        missing = (0, 0), (0, 0), (0, keys.width - plan.width), (0, values.width - plan.depth)
-        memory = jnp.pad(memory.astype(plan.dtype), missing) if any(map(any, missing)) else memory.astype(plan.dtype)
-        return memory.transpose(0, 2, 1, 3).reshape(plan.batch, keys.width, -1)
+    matrix = functools.partial(flat_state, keys=keys, values=values, dtype=plan.dtype)
 
     def vector(normalizer):
         if normalizer is None:

@@ -221,6 +221,22 @@ def flat(array: jax.Array | None, width: int) -> jax.Array | None:
     return array.reshape(*array.shape[:2], -1)
 
 
+def flat_state(memory: jax.Array, keys: Lanes, values: Lanes, dtype: Any) -> jax.Array:
+    """[batch, heads, K, V] to [batch, lanes of a head's keys, heads * lanes of its values]: no lanes stay empty."""
+    batch, _, width, depth = memory.shape
+    memory = memory.astype(dtype).transpose(0, 2, 1, 3)
+    missing = keys.width - width, values.width - depth
+    if any(missing):
+        memory = jnp.pad(memory, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
+    return memory.reshape(batch, keys.width, -1)
+
+
+def heads_of_state(memory: jax.Array, heads: int, width: int, depth: int) -> jax.Array:
+    """The inverse of `flat_state`."""
+    memory = memory.reshape(*memory.shape[:2], heads, -1)
+    return memory[:, :width, :, :depth].transpose(0, 2, 1, 3)
+
+
 def itemsize(*arrays: jax.Array | None) -> int:
     """Bytes of an element in blocks, of the widest: see `flat`; 4 for float64, which is only interpreted."""
     return 2 if all(array.dtype == jnp.bfloat16 for array in arrays if array is not None) else 4

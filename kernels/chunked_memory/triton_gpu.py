@@ -1,6 +1,7 @@
 """The chunked memory for NVIDIA GPUs, in Triton through jax-triton: what JAX sees of it.
 
-Kernels are in `triton_kernels`, their launches in `triton_plan`. To import this, no Triton is needed.
+Kernels are in `triton_kernels`, their launches in `triton_plan` (of segments in `triton_segments`, of a decay a key
+channel in `triton_channels`). To import this, no Triton is needed.
 """
 
 import functools
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcx_kernels.chunked_memory import triton_plan, triton_segments
+from lcx_kernels.chunked_memory import triton_channels, triton_plan, triton_segments
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.chunked_memory.triton_plan import Cotangents, Inputs, Launch, Plan
@@ -29,9 +30,16 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
         return "segments with a decay"
     if static.update == "delta_rule" and (arguments.q is None or arguments.q.shape[2] > arguments.heads):
         return "the delta rule without queries, or with more heads of them than memories"
-    if arguments.log_decay is not None and arguments.log_decay.ndim == 4:
-        return "a decay for each key channel"
+    if _by_channel(arguments):
+        if static.update == "delta_rule" or static.normalize:
+            return "a decay for each key channel, but for linear memories without a normaliser"
+        if arguments.q is not None and arguments.q.shape[2] > arguments.heads:
+            return "a decay for each key channel, with more heads of queries than memories"
     return None
+
+
+def _by_channel(arguments: Arguments) -> bool:
+    return arguments.log_decay is not None and arguments.log_decay.ndim == 4
 
 
 def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, SegmentState]:
@@ -50,6 +58,8 @@ def scan(arguments: Arguments, static: Static) -> tuple[jax.Array | None, Segmen
         segments = triton_plan.segments_plan(shape, narrow, static.chunk_size)
         return triton_segments.scan(run, segments, vary_alike(arguments), static.update == "segment_delta")
     plan = triton_plan.make_plan(shape, narrow, static.chunk_size)
+    if _by_channel(arguments):
+        return triton_channels.scan(run, plan, vary_alike(arguments))
     reset = None if arguments.reset is None else arguments.reset.astype(jnp.int8)
     inputs = Inputs(q, k, v, arguments.log_decay, reset)
     state, beta = _State(arguments.state.memory, arguments.state.normalizer), arguments.beta

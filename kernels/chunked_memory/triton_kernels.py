@@ -21,8 +21,14 @@ What several programs share each writes for itself, to be summed outside in a fi
 import triton
 import triton.language as tl
 
-# exp of it is 0; what is below it, -inf too, is taken for it: inf - inf would be no number.
-LOWEST = tl.constexpr(-1.0e4)
+from lcx_kernels.chunked_memory.triton_channel_kernels import (  # noqa: F401 - launched as this module's
+    channel_carry,
+    channel_key_gradients,
+    channel_outputs,
+    channel_value_gradients,
+)
+from lcx_kernels.chunked_memory.triton_tiles import LOWEST, bad_rows, documents, is_finite, load_tile, nan_from
+
 EPSILON = tl.constexpr(1e-6)
 
 
@@ -52,49 +58,12 @@ def _weighed(product, high, low, C: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(tile):
-    return tl.abs(tile) < float("inf")
-
-
-@triton.jit
-def _bad_rows(finite):
-    """Which rows are not finite throughout, [C]."""
-    return tl.max(tl.where(finite, 0, 1), axis=1) > 0
-
-
-@triton.jit
-def _from(bad, tile):
-    """The tile with NaN in all rows from the first marked one on."""
-    return tl.where((tl.cumsum(bad.to(tl.int32), 0) > 0)[:, None], float("nan"), tile)
-
-
-@triton.jit
-def _documents(reset, token, exists, HAS_RESET: tl.constexpr):
-    """The number of each token's document, counted from the one that the chunk goes on with, [C]; the first, the last.
-
-    Args: token, its number in the whole array.
-    """
-    if HAS_RESET:
-        marks = tl.load(reset + token, mask=exists, other=0).to(tl.int32)
-        document = tl.cumsum(marks, 0)
-        return document, tl.min(document), tl.max(document)
-    else:
-        return tl.zeros_like(exists.to(tl.int32)), 0, 0
-
-
-@triton.jit
 def _load_decay(log_decay, offsets, mask, HAS_DECAY: tl.constexpr):
     if HAS_DECAY:
         decay = tl.load(log_decay + offsets, mask=mask, other=0.0).to(tl.float32)
         return tl.where(decay < LOWEST, LOWEST, decay)  # and NaN stays
     else:
         return tl.zeros_like(offsets).to(tl.float32)
-
-
-@triton.jit
-def _load_tile(array, rows, columns, mask, dtype: tl.constexpr):
-    """[rows, columns] where ``mask``, else 0."""
-    return tl.load(array + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -146,7 +115,7 @@ def carry(
         position = chunk * C + tl.arange(0, C)
         exists = position < last
         token = row * time + position
-        document, _, latest = _documents(reset, token, exists, HAS_RESET)
+        document, _, latest = documents(reset, token, exists, HAS_RESET)
         here = exists
         if HAS_RESET:
             if BACK:
@@ -174,8 +143,8 @@ def carry(
         for reader in range(READERS):
             lane = head * READERS + reader
             x_head, y_head = lane * X_HEADS // (HEADS * READERS), lane * Y_HEADS // (HEADS * READERS)
-            x_ = _load_tile(x, (token * X_HEADS + x_head) * K, k, here[:, None] & (k < K)[None, :], dtype)
-            y_ = _load_tile(y, (token * Y_HEADS + y_head) * V, v, here[:, None] & (v < V)[None, :], tl.float32)
+            x_ = load_tile(x, (token * X_HEADS + x_head) * K, k, here[:, None] & (k < K)[None, :], dtype)
+            y_ = load_tile(y, (token * Y_HEADS + y_head) * V, v, here[:, None] & (v < V)[None, :], tl.float32)
             factor = lasting
             if HAS_SLOPE:
                 times = tl.where(here, lasting, 0.0)
@@ -221,7 +190,7 @@ def outputs(
     position = chunk * C + tl.arange(0, C)
     exists = position < time
     token = row * time + position
-    document, first, latest = _documents(reset, token, exists, HAS_RESET)
+    document, first, latest = documents(reset, token, exists, HAS_RESET)
     for current in range(first, latest + 1):
         here = exists
         if HAS_RESET:
@@ -233,8 +202,8 @@ def outputs(
         for step in range((K + BLOCK_K - 1) // BLOCK_K):
             n = step * BLOCK_K + tl.arange(0, BLOCK_K)
             wide = here[:, None] & (n < K)[None, :]
-            q_ = _load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
+            q_ = load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
             score = tl.dot(q_, tl.trans(k_), score, input_precision="tf32x3")
             # What is read of the state before the chunk: only its first document's.
             known = (n < K)[:, None] & (m < V)[None, :] & (current == 0)
@@ -246,13 +215,13 @@ def outputs(
         lasting = tl.exp(high + low)
         score = _weighed(score, high, low, C, False)
         long = here[:, None] & (m < V)[None, :]
-        v_ = _load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
+        v_ = load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
         # All tokens of the document would see a NaN: 0 times NaN is NaN. Those from it on are to.
-        finite = _is_finite(v_)
-        bad = _bad_rows(finite)
+        finite = is_finite(v_)
+        bad = bad_rows(finite)
         v_ = tl.where(finite, v_, 0.0).to(dtype)
         found = tl.dot(score.to(dtype), v_, lasting[:, None] * found, input_precision="tf32x3")
-        found = _from(bad, found)
+        found = nan_from(bad, found)
         if HAS_SLOPE:
             divisor = tl.sum(score, axis=1) + lasting * divisor + EPSILON
             tl.store(denominator + token * LANES + lane, divisor, mask=here & (block == 0))
@@ -296,7 +265,7 @@ def value_gradients(
     token = row * time + position
     per_lane = token * LANES + lane
     at = (part * HEADS + head) * K
-    document, first, latest = _documents(reset, token, exists, HAS_RESET)
+    document, first, latest = documents(reset, token, exists, HAS_RESET)
     for current in range(first, latest + 1):
         here = exists
         if HAS_RESET:
@@ -318,8 +287,8 @@ def value_gradients(
         for step in range(steps):
             n = step * BLOCK_K + tl.arange(0, BLOCK_K)
             wide = here[:, None] & (n < K)[None, :]
-            q_ = _load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
+            q_ = load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
             score = tl.dot(q_, tl.trans(k_), score, input_precision="tf32x3")
             if HAS_SLOPE:
                 z = tl.load(slope_borders + at + n, mask=(n < K) & (current == 0), other=0.0)
@@ -331,7 +300,7 @@ def value_gradients(
         for block in range((V + BLOCK_V - 1) // BLOCK_V):
             m = block * BLOCK_V + tl.arange(0, BLOCK_V)
             long = here[:, None] & (m < V)[None, :]
-            dy_ = _load_tile(dy, per_lane * V, m, long, dtype)
+            dy_ = load_tile(dy, per_lane * V, m, long, dtype)
             if HAS_SLOPE:
                 dy_ = (factor[:, None] * dy_.to(tl.float32)).to(dtype)
             if CORRECTING:
@@ -344,17 +313,17 @@ def value_gradients(
                 held = (n < K)[:, None] & (m < V)[None, :]
                 place = at * V + n[:, None] * V + m[None, :]
                 if HAS_LATE:
-                    k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
+                    k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
                     after = tl.load(late + place, mask=held & counted, other=0.0).to(dtype)
                     dv_ = tl.dot(k_, after, dv_, input_precision="tf32x3")
                 if OF_DECAY:
-                    q_ = _load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
+                    q_ = load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
                     before = tl.load(borders + place, mask=held & (current == 0), other=0.0).to(dtype)
                     read = tl.dot(q_, before, read, input_precision="tf32x3")
                     if HAS_LATE:
                         of_whole += tl.sum(before.to(tl.float32) * after.to(tl.float32))
             if OF_DECAY:
-                v_ = _load_tile(v, (token * V_HEADS + v_head) * V, m, long, dtype)
+                v_ = load_tile(v, (token * V_HEADS + v_head) * V, m, long, dtype)
                 of_after += tl.sum(dv_ * v_.to(tl.float32), axis=1)
                 of_before += tl.sum(read * dy_.to(tl.float32), axis=1)
                 d_score = tl.dot(dy_, tl.trans(v_), d_score, input_precision="tf32x3")
@@ -398,7 +367,7 @@ def key_gradients(
     position = chunk * C + tl.arange(0, C)
     exists = position < time
     token = row * time + position
-    document, first, latest = _documents(reset, token, exists, HAS_RESET)
+    document, first, latest = documents(reset, token, exists, HAS_RESET)
     for current in range(first, latest + 1):
         here = exists
         if HAS_RESET:
@@ -427,8 +396,8 @@ def key_gradients(
             for step in range((V + BLOCK_V - 1) // BLOCK_V):
                 m = step * BLOCK_V + tl.arange(0, BLOCK_V)
                 long = here[:, None] & (m < V)[None, :]
-                v_ = _load_tile(v, (token * V_HEADS + v_head) * V, m, long, dtype)
-                dy_ = _load_tile(dy, per_lane * V, m, long, dtype)
+                v_ = load_tile(v, (token * V_HEADS + v_head) * V, m, long, dtype)
+                dy_ = load_tile(dy, per_lane * V, m, long, dtype)
                 if HAS_SLOPE:
                     dy_ = (factor[:, None] * dy_.to(tl.float32)).to(dtype)
                 if CORRECTING:
@@ -446,9 +415,9 @@ def key_gradients(
             pairs += _weighed(d_score, high, low, C, CORRECTING)
         wide = here[:, None] & (n < K)[None, :]
         pairs = pairs.to(dtype)
-        k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
+        k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, wide, dtype)
         dq_ = tl.dot(pairs, k_, dq_, input_precision="tf32x3")
-        q_ = _load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
+        q_ = load_tile(q, (token * Q_HEADS + q_head) * K, n, wide, dtype)
         dk_ = tl.dot(tl.trans(pairs), q_, dk_, input_precision="tf32x3")
         places = (token * groups + group)[:, None] * K + n[None, :]
         tl.store(dq + places, dq_.to(dq.dtype.element_ty), mask=wide)
@@ -511,7 +480,7 @@ def solve(
     exists = position < time
     token = row * time + position
     per_head = token * HEADS + head
-    document, first, latest = _documents(reset, token, exists, HAS_RESET)
+    document, first, latest = documents(reset, token, exists, HAS_RESET)
     for current in range(first, latest + 1):
         here = exists
         if HAS_RESET:
@@ -519,15 +488,15 @@ def solve(
         decay = _load_decay(log_decay, per_head, here, HAS_DECAY)
         strength = tl.load(beta + per_head, mask=here, other=0.0).to(tl.float32)
         # What is not a number is left out, and afterwards put into the rows that it reaches: those from it on.
-        bad = (_is_finite(decay) & _is_finite(strength)) == 0
-        high, low, _, _ = _sums(tl.where(_is_finite(decay), decay, 0.0))
+        bad = (is_finite(decay) & is_finite(strength)) == 0
+        high, low, _, _ = _sums(tl.where(is_finite(decay), decay, 0.0))
         strength = tl.where(bad, 0.0, strength)
         product = tl.zeros([C, C], tl.float32)
         for step in range((K + BLOCK_K - 1) // BLOCK_K):
             n = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], tl.float32)
-            bad = bad | _bad_rows(_is_finite(k_))
-            k_ = tl.where(_is_finite(k_), k_, 0.0).to(dtype)
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], tl.float32)
+            bad = bad | bad_rows(is_finite(k_))
+            k_ = tl.where(is_finite(k_), k_, 0.0).to(dtype)
             product = tl.dot(k_, tl.trans(k_), product, input_precision="tf32x3")
         solved = _inverse(_weighed(strength[:, None] * product, high, low, C, True), C, NARROW)
         places = (part * HEADS + head) * C * C + index[:, None] * C + index[None, :]
@@ -536,18 +505,18 @@ def solve(
         for step in range((V + BLOCK_V - 1) // BLOCK_V):
             m = step * BLOCK_V + tl.arange(0, BLOCK_V)
             long = here[:, None] & (m < V)[None, :]
-            v_ = _load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
-            finite = _is_finite(v_)
+            v_ = load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
+            finite = is_finite(v_)
             v_ = (strength[:, None] * tl.where(finite, v_, 0.0)).to(dtype)
-            u_ = _from(bad | _bad_rows(finite), tl.dot(solved, v_, input_precision="tf32x3"))
+            u_ = nan_from(bad | bad_rows(finite), tl.dot(solved, v_, input_precision="tf32x3"))
             tl.store(u + per_head[:, None] * V + m[None, :], u_.to(u.dtype.element_ty), mask=long)
         lasting = tl.where(current == 0, strength * tl.exp(high + low), 0.0)
         for step in range((K + BLOCK_K - 1) // BLOCK_K):
             n = step * BLOCK_K + tl.arange(0, BLOCK_K)
             wide = here[:, None] & (n < K)[None, :]
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, wide, tl.float32)
-            k_ = (lasting[:, None] * tl.where(_is_finite(k_), k_, 0.0)).to(dtype)
-            w_ = _from(bad, tl.dot(solved, k_, input_precision="tf32x3"))
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, wide, tl.float32)
+            k_ = (lasting[:, None] * tl.where(is_finite(k_), k_, 0.0)).to(dtype)
+            w_ = nan_from(bad, tl.dot(solved, k_, input_precision="tf32x3"))
             tl.store(w + per_head[:, None] * K + n[None, :], w_.to(w.dtype.element_ty), mask=wide)
 
 
@@ -586,7 +555,7 @@ def carry_delta(
         exists = position < time
         token = row * time + position
         per_head = token * HEADS + head
-        document, _, latest = _documents(reset, token, exists, HAS_RESET)
+        document, _, latest = documents(reset, token, exists, HAS_RESET)
         early, late = exists, exists  # the tokens that the state before the chunk reaches; that reach the one after it
         if HAS_RESET:
             early, late = exists & (document == 0), exists & (document == latest)
@@ -601,24 +570,24 @@ def carry_delta(
         at = ((row * chunks + chunk) * HEADS + head) * K * V
         tl.store(borders + at + place, state.to(borders.dtype.element_ty), mask=held)
         long = exists[:, None] & (m < V)[None, :]
-        w_ = _load_tile(w, per_head * K, n, early[:, None] & (n < K)[None, :], dtype)
+        w_ = load_tile(w, per_head * K, n, early[:, None] & (n < K)[None, :], dtype)
         places = per_head[:, None] * V + m[None, :]
         kept = state * through
         if HAS_RESET:
             kept = tl.where(latest == 0, kept, 0.0)
         if BACK:
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, late[:, None] & (n < K)[None, :], dtype)
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, late[:, None] & (n < K)[None, :], dtype)
             found = until[:, None] * tl.dot(k_, state.to(dtype), input_precision="tf32x3")
-            u_ = _load_tile(local, per_head * V, m, long, tl.float32) + tl.where(late[:, None], found, 0.0)
-            x_ = _load_tile(x, (token * X_HEADS + x_head) * K, n, early[:, None] & (n < K)[None, :], dtype)
-            y_ = _load_tile(y, per_head * V, m, early[:, None] & (m < V)[None, :], tl.float32)
+            u_ = load_tile(local, per_head * V, m, long, tl.float32) + tl.where(late[:, None], found, 0.0)
+            x_ = load_tile(x, (token * X_HEADS + x_head) * K, n, early[:, None] & (n < K)[None, :], dtype)
+            y_ = load_tile(y, per_head * V, m, early[:, None] & (m < V)[None, :], tl.float32)
             state = tl.dot(tl.trans(x_), (since[:, None] * y_).to(dtype), kept, input_precision="tf32x3")
             moved = tl.where(early[:, None], -u_, 0.0).to(dtype)
             state = tl.dot(tl.trans(w_), moved, state, input_precision="tf32x3")
         else:
             found = tl.dot(w_, state.to(dtype), input_precision="tf32x3")
-            u_ = _load_tile(y, per_head * V, m, long, tl.float32) - tl.where(early[:, None], found, 0.0)
-            x_ = _load_tile(x, (token * X_HEADS + x_head) * K, n, late[:, None] & (n < K)[None, :], dtype)
+            u_ = load_tile(y, per_head * V, m, long, tl.float32) - tl.where(early[:, None], found, 0.0)
+            x_ = load_tile(x, (token * X_HEADS + x_head) * K, n, late[:, None] & (n < K)[None, :], dtype)
             moved = tl.where(late[:, None], until[:, None] * u_, 0.0).to(dtype)
             state = tl.dot(tl.trans(x_), moved, kept, input_precision="tf32x3")
         tl.store(corrected + places, u_.to(corrected.dtype.element_ty), mask=long)
@@ -651,7 +620,7 @@ def corrections(
     token = row * time + position
     per_head = token * HEADS + head
     at = (part * HEADS + head) * K * V
-    document, first, latest = _documents(reset, token, exists, HAS_RESET)
+    document, first, latest = documents(reset, token, exists, HAS_RESET)
     for current in range(first, latest + 1):
         here = exists
         if HAS_RESET:
@@ -662,7 +631,7 @@ def corrections(
         score = tl.zeros([C, C], tl.float32)
         for step in range(steps):
             n = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
+            k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
             score = tl.dot(k_, tl.trans(k_), score, input_precision="tf32x3")
         score = _weighed(score, high, low, C, True)
         places = (part * HEADS + head) * C * C + index[:, None] * C + index[None, :]
@@ -674,15 +643,15 @@ def corrections(
             found = tl.zeros([C, BLOCK_V], tl.float32)
             for step in range(steps):
                 n = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                k_ = _load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
+                k_ = load_tile(k, (token * K_HEADS + k_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
                 known = (n < K)[:, None] & (m < V)[None, :] & (current == 0)
                 before = tl.load(borders + at + n[:, None] * V + m[None, :], mask=known, other=0.0).to(dtype)
                 found = tl.dot(k_, before, found, input_precision="tf32x3")
-            u_ = _load_tile(u, per_head * V, m, long, dtype)
+            u_ = load_tile(u, per_head * V, m, long, dtype)
             found = tl.dot(score.to(dtype), u_, since[:, None] * found, input_precision="tf32x3")
-            du_ = _load_tile(du, per_head * V, m, long, dtype)
+            du_ = load_tile(du, per_head * V, m, long, dtype)
             result = tl.dot(tl.trans(solved), du_, input_precision="tf32x3")
-            v_ = _load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
+            v_ = load_tile(v, (token * V_HEADS + v_head) * V, m, long, tl.float32)
             of_strength += tl.sum(result * (v_ - found), axis=1)
             result = strength[:, None] * result
             tl.store(dv + per_head[:, None] * V + m[None, :], result.to(dv.dtype.element_ty), mask=long)
@@ -725,14 +694,14 @@ def segment_sums(
             for reader in range(READERS):
                 lane = head * READERS + reader
                 x_head, y_head = lane * X_HEADS // (HEADS * READERS), lane * Y_HEADS // (HEADS * READERS)
-                x_ = _load_tile(x, (token * X_HEADS + x_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
+                x_ = load_tile(x, (token * X_HEADS + x_head) * K, n, here[:, None] & (n < K)[None, :], dtype)
                 if HAS_VECTORS:
                     factor = tl.where(here, 1.0, 0.0)
                     if HAS_SLOPE:
                         factor = tl.load(slope + token * (HEADS * READERS) + lane, mask=here, other=0.0)
                     vector += tl.sum(x_.to(tl.float32) * factor[:, None], axis=0)
                 if HAS_MATRICES:
-                    y_ = _load_tile(y, (token * Y_HEADS + y_head) * V, m, here[:, None] & (m < V)[None, :], tl.float32)
+                    y_ = load_tile(y, (token * Y_HEADS + y_head) * V, m, here[:, None] & (m < V)[None, :], tl.float32)
                     if HAS_WEIGHT:
                         y_ *= tl.load(weight + token * (HEADS * READERS) + lane, mask=here, other=0.0)[:, None]
                     matrix = tl.dot(tl.trans(x_), y_.to(dtype), matrix, input_precision="tf32x3")
@@ -808,7 +777,7 @@ def segment_reads(
                 for part in range((WIDTH + BLOCK_K - 1) // BLOCK_K):
                     k = part * BLOCK_K + n
                     wide = here[:, None] & (k < WIDTH)[None, :]
-                    x_ = _load_tile(x, (token * X_HEADS + x_head) * WIDTH, k, wide, dtype)
+                    x_ = load_tile(x, (token * X_HEADS + x_head) * WIDTH, k, wide, dtype)
                     if HAS_MATRICES:
                         if not WHOLE:
                             matrix = _load_matrix(first, k, m, WIDTH, OUT, TRANSPOSED, dtype)

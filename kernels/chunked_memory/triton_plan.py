@@ -82,7 +82,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     """A power of two that tensor cores take."""
     return max(16, _power_of_two(width))
 
@@ -94,10 +94,10 @@ def make_plan(shape: Shape, narrow: bool, chunk_size: int) -> Plan:
     """
     largest = 64 if narrow else 16
     chunk = max(16, min(largest, _power_of_two(chunk_size + 1) // 2, _power_of_two(shape.time)))
-    programs = shape.batch * shape.heads * math.prod(_carried_blocks(shape))
+    count = shape.batch * shape.heads * math.prod(carried_blocks(shape))
     spans = 1
-    if programs < FEWEST_PROGRAMS:
-        spans = max(1, min(math.ceil(WANTED_PROGRAMS / programs), shape.time // (SHORTEST_SPAN * chunk)))
+    if count < FEWEST_PROGRAMS:
+        spans = max(1, min(math.ceil(WANTED_PROGRAMS / count), shape.time // (SHORTEST_SPAN * chunk)))
     length = math.ceil(shape.time / spans / chunk) * chunk
     together = sharing = shape.lanes // max(shape.q_heads, shape.k_heads)
     chunks = shape.batch * math.ceil(shape.time / chunk)
@@ -106,7 +106,7 @@ def make_plan(shape: Shape, narrow: bool, chunk_size: int) -> Plan:
     return Plan(shape, narrow, chunk, math.ceil(shape.time / length), length, together)
 
 
-def _programs(number: int) -> int:
+def programs(number: int) -> int:
     if number >= 2**31:
         raise ValueError(f"batch: {number} programs are needed, more than a grid has")
     return number
@@ -114,11 +114,11 @@ def _programs(number: int) -> int:
 
 def _contracted(plan: Plan) -> int:
     """Key channels that a product sums over at once: registers hold operands of float32."""
-    return min(_padded(plan.shape.K), 128 if plan.narrow else 32)
+    return min(padded(plan.shape.K), 128 if plan.narrow else 32)
 
 
-def _carried_blocks(shape: Shape) -> tuple[int, int]:
-    return math.ceil(shape.K / min(64, _padded(shape.K))), math.ceil(shape.V / min(64, _padded(shape.V)))
+def carried_blocks(shape: Shape) -> tuple[int, int]:
+    return math.ceil(shape.K / min(64, padded(shape.K))), math.ceil(shape.V / min(64, padded(shape.V)))
 
 
 def _flags(plan: Plan, inputs: Inputs, normalize: bool) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _heads(shape: Shape) -> dict[str, int]:
     return {"Q_HEADS": shape.q_heads, "K_HEADS": shape.k_heads, "V_HEADS": shape.v_heads, "LANES": shape.lanes}
 
 
-def _present(arrays: tuple, placeholder: Any) -> tuple:
+def present(arrays: tuple, placeholder: Any) -> tuple:
     """Kernels take an array for each pointer; one that is absent is not touched."""
     return tuple(placeholder if array is None else array for array in arrays)
 
@@ -172,13 +172,13 @@ def carry(
     heads = (shape.q_heads, shape.lanes) if back else (shape.k_heads, shape.v_heads)
     constants = {
         "BACK": back, "KEEP": keep, "SUMMARY": summary, "READERS": readers, "X_HEADS": heads[0], "Y_HEADS": heads[1],
-        "BLOCK_K": min(64, _padded(shape.K)), "BLOCK_V": min(64, _padded(shape.V)),
+        "BLOCK_K": min(64, padded(shape.K)), "BLOCK_V": min(64, padded(shape.V)),
     }  # fmt: skip
     return Launch(
         "carry",
-        _programs(math.prod(per_span) * math.prod(_carried_blocks(shape))),
+        programs(math.prod(per_span) * math.prod(carried_blocks(shape))),
         4,
-        _present((x, y, inputs.log_decay, inputs.reset, *weights, *start), x),
+        present((x, y, inputs.log_decay, inputs.reset, *weights, *start), x),
         (shape.time, plan.length, plan.spans),
         outputs,
         constants | _flags(plan, inputs, normalize),
@@ -188,14 +188,14 @@ def carry(
 def outputs(plan: Plan, inputs: Inputs, normalize: bool, borders: tuple, dtypes: tuple) -> Launch:
     """What is read, in the first of ``dtypes``, and the denominators, in the second."""
     shape = plan.shape
-    block = min(64, _padded(shape.V))
+    block = min(64, padded(shape.V))
     per_token = (shape.batch, shape.time, shape.lanes)
     out, wide = dtypes
     return Launch(
         "outputs",
-        _programs(shape.batch * plan.chunks * shape.lanes * math.ceil(shape.V / block)),
+        programs(shape.batch * plan.chunks * shape.lanes * math.ceil(shape.V / block)),
         _warps(plan),
-        _present((*inputs, *borders), inputs.k),
+        present((*inputs, *borders), inputs.k),
         (shape.time,),
         (((*per_token, shape.V), out), (per_token, wide) if normalize else ((1,), wide)),
         _flags(plan, inputs, normalize) | _heads(shape) | {"BLOCK_K": _contracted(plan), "BLOCK_V": block},
@@ -214,7 +214,7 @@ class Cotangents(NamedTuple):
     late: tuple
 
     def arrays(self, inputs: Inputs) -> tuple:
-        return _present((*inputs, self.dy, *self.weights, *self.borders, *self.late), inputs.k)
+        return present((*inputs, self.dy, *self.weights, *self.borders, *self.late), inputs.k)
 
 
 def value_gradients(
@@ -230,7 +230,7 @@ def value_gradients(
     nothing = ((1,), dtype)
     return Launch(
         "value_gradients",
-        _programs(shape.batch * plan.chunks * shape.lanes),
+        programs(shape.batch * plan.chunks * shape.lanes),
         _warps(plan),
         cotangents.arrays(inputs),
         (shape.time,),
@@ -243,7 +243,7 @@ def value_gradients(
         _flags(plan, inputs, normalize)
         | _heads(shape)
         | _of_cotangents(cotangents, correcting)
-        | {"OF_VALUES": of_values, "OF_DECAY": of_decay, "BLOCK_K": _contracted(plan), "BLOCK_V": _summed(shape.V)},
+        | {"OF_VALUES": of_values, "OF_DECAY": of_decay, "BLOCK_K": _contracted(plan), "BLOCK_V": summed(shape.V)},
     )
 
 
@@ -253,14 +253,14 @@ def key_gradients(
 ) -> Launch:  # fmt: skip
     """The gradients of q and k, of as many heads as groups of lanes; dtypes and options as of `value_gradients`."""
     shape = plan.shape
-    groups, block = shape.lanes // plan.together, min(64 if plan.narrow else 32, _padded(shape.K))
+    groups, block = shape.lanes // plan.together, min(64 if plan.narrow else 32, padded(shape.K))
 
     def gradient(array, heads: int) -> tuple:
         return (shape.batch, shape.time, groups, shape.K), array.dtype if heads == groups and not partial else dtype
 
     return Launch(
         "key_gradients",
-        _programs(shape.batch * plan.chunks * groups * math.ceil(shape.K / block)),
+        programs(shape.batch * plan.chunks * groups * math.ceil(shape.K / block)),
         _warps(plan),
         cotangents.arrays(inputs),
         (shape.time,),
@@ -268,7 +268,7 @@ def key_gradients(
         _flags(plan, inputs, normalize)
         | _heads(shape)
         | _of_cotangents(cotangents, correcting)
-        | {"TOGETHER": plan.together, "BLOCK_K": block, "BLOCK_V": _summed(shape.V)},
+        | {"TOGETHER": plan.together, "BLOCK_K": block, "BLOCK_V": summed(shape.V)},
     )
 
 
@@ -276,9 +276,9 @@ def _warps(plan: Plan) -> int:
     return 8 if plan.chunk >= 64 else 4
 
 
-def _summed(width: int) -> int:
+def summed(width: int) -> int:
     """Value channels that kernels of gradients take at once."""
-    return min(32, _padded(width))
+    return min(32, padded(width))
 
 
 def _of_cotangents(cotangents: Cotangents, correcting: bool) -> dict[str, bool]:
@@ -291,9 +291,9 @@ def solve(plan: Plan, inputs: Inputs, beta: Any, dtypes: tuple) -> Launch:
     per_token = (shape.batch, shape.time, shape.heads)
     return Launch(
         "solve",
-        _programs(shape.batch * plan.chunks * shape.heads),
+        programs(shape.batch * plan.chunks * shape.heads),
         4,
-        _present((inputs.k, inputs.v, inputs.log_decay, beta, inputs.reset), inputs.k),
+        present((inputs.k, inputs.v, inputs.log_decay, beta, inputs.reset), inputs.k),
         (shape.time,),
         (
             ((shape.batch, plan.chunks, shape.heads, plan.chunk, plan.chunk), narrow),
@@ -301,7 +301,7 @@ def solve(plan: Plan, inputs: Inputs, beta: Any, dtypes: tuple) -> Launch:
             ((*per_token, shape.V), narrow),
         ),
         _delta_flags(plan, inputs) | {"K_HEADS": shape.k_heads, "V_HEADS": shape.v_heads}
-        | {"BLOCK_K": min(64, _contracted(plan)), "BLOCK_V": min(64 if plan.narrow else 16, _padded(shape.V))},
+        | {"BLOCK_K": min(64, _contracted(plan)), "BLOCK_V": min(64 if plan.narrow else 16, padded(shape.V))},
     )  # fmt: skip
 
 
@@ -310,16 +310,16 @@ def carry_delta(plan: Plan, inputs: Inputs, arrays: tuple, start: Any, dtypes: t
     shape, (narrow, wide) = plan.shape, dtypes
     blocks = shape.V // 16 if shape.V % 16 == 0 else 1
     wanted = max(1, FEWEST_PROGRAMS // (shape.batch * shape.heads))  # of blocks
-    block = max(16, _padded(shape.V) // _power_of_two(min(wanted, blocks)), min(16, _padded(shape.V)))
+    block = max(16, padded(shape.V) // _power_of_two(min(wanted, blocks)), min(16, padded(shape.V)))
     block = min(block, 32)
     y, w, local = arrays
     x, x_heads = (inputs.q, shape.q_heads) if back else (inputs.k, shape.k_heads)
     per_token, per_state = (shape.batch, shape.time, shape.heads), (shape.heads, shape.K, shape.V)
     return Launch(
         "carry_delta",
-        _programs(shape.batch * shape.heads * math.ceil(shape.V / block)),
+        programs(shape.batch * shape.heads * math.ceil(shape.V / block)),
         4,
-        _present((x, y, w, inputs.k, local, inputs.log_decay, inputs.reset, start), x),
+        present((x, y, w, inputs.k, local, inputs.log_decay, inputs.reset, start), x),
         (shape.time,),
         (
             ((shape.batch, plan.chunks, *per_state), narrow),
@@ -328,7 +328,7 @@ def carry_delta(plan: Plan, inputs: Inputs, arrays: tuple, start: Any, dtypes: t
         ),
         _delta_flags(plan, inputs)
         | {"BACK": back, "X_HEADS": x_heads, "K_HEADS": shape.k_heads}
-        | {"BLOCK_K": _padded(shape.K), "BLOCK_V": block},
+        | {"BLOCK_K": padded(shape.K), "BLOCK_V": block},
     )
 
 
@@ -338,13 +338,13 @@ def corrections(plan: Plan, inputs: Inputs, beta, inverse, u, du, borders, dtype
     per_token = (shape.batch, shape.time, shape.heads)
     return Launch(
         "corrections",
-        _programs(shape.batch * plan.chunks * shape.heads),
+        programs(shape.batch * plan.chunks * shape.heads),
         _warps(plan),
-        _present((inputs.k, inputs.v, inputs.log_decay, beta, inputs.reset, inverse, u, du, borders), inputs.k),
+        present((inputs.k, inputs.v, inputs.log_decay, beta, inputs.reset, inverse, u, du, borders), inputs.k),
         (shape.time,),
         (((*per_token, shape.V), narrow), (per_token, wide)),
         _delta_flags(plan, inputs) | {"K_HEADS": shape.k_heads, "V_HEADS": shape.v_heads}
-        | {"BLOCK_K": _contracted(plan), "BLOCK_V": _summed(shape.V)},
+        | {"BLOCK_K": _contracted(plan), "BLOCK_V": summed(shape.V)},
     )  # fmt: skip
 
 
@@ -373,8 +373,8 @@ class Segments(NamedTuple):
 def segments_plan(shape: Shape, narrow: bool, segment: int) -> Segments:
     tile = min(segment, shape.time)
     block = max(16, min(64 if narrow else 32, _power_of_two(tile)))
-    programs = shape.batch * math.ceil(shape.time / tile) * shape.heads * math.prod(_carried_blocks(shape))
-    parts = max(1, min(math.ceil(FEWEST_PROGRAMS / programs), tile // (4 * block)))
+    count = shape.batch * math.ceil(shape.time / tile) * shape.heads * math.prod(carried_blocks(shape))
+    parts = max(1, min(math.ceil(FEWEST_PROGRAMS / count), tile // (4 * block)))
     return Segments(shape, narrow, tile, block, parts)
 
 
@@ -386,13 +386,13 @@ def segment_sums(plan: Segments, x, y, weight, slope, kind, heads: int, dtype, *
     batch, time, x_heads, K = x.shape
     y_heads, V = (x_heads, 1) if y is None else y.shape[2:]
     lanes = max(heads, x_heads, y_heads)
-    block_k, block_v = min(64, _padded(K)), min(64, _padded(V))
+    block_k, block_v = min(64, padded(K)), min(64, padded(V))
     per_sum = (batch, plan.tiles, 2, plan.parts, heads, K)
     return Launch(
         "segment_sums",
-        _programs(math.prod(per_sum[:5]) * math.ceil(K / block_k) * math.ceil(V / block_v)),
+        programs(math.prod(per_sum[:5]) * math.ceil(K / block_k) * math.ceil(V / block_v)),
         4,
-        _present((x, y, weight, slope, kind), x),
+        present((x, y, weight, slope, kind), x),
         (time, plan.tile, plan.tiles),
         (
             ((1,), dtype) if y is None else ((*per_sum, V), dtype),
@@ -418,15 +418,15 @@ def segment_reads(
         out = matrices.shape[4 if transposed else 5]
     else:
         out = 1 if divide else vectors.shape[4]
-    block = min(64 if plan.narrow else 32, _padded(out))
+    block = min(64 if plan.narrow else 32, padded(out))
     run = max(1, min(4, plan.tile // plan.block))
     runs = math.ceil(plan.tile / (run * plan.block))
     per_token = (batch, time, lanes)
     return Launch(
         "segment_reads",
-        _programs(batch * plan.tiles * runs * lanes * math.ceil(out / block)),
+        programs(batch * plan.tiles * runs * lanes * math.ceil(out / block)),
         4,
-        _present((x, matrices, vectors, weight, slope, kind), x),
+        present((x, matrices, vectors, weight, slope, kind), x),
         (time, plan.tile, plan.tiles),
         (
             ((1,), dtypes[0]) if matrices is None and slope is None else ((*per_token, out), dtypes[0]),
@@ -436,6 +436,6 @@ def segment_reads(
             "HAS_MATRICES": matrices is not None, "HAS_WEIGHT": weight is not None, "HAS_SLOPE": slope is not None,
             "DIVIDE": divide, "NARROW": plan.narrow, "C": plan.block, "RUN": run, "HEADS": heads, "LANES": lanes,
             "X_HEADS": x_heads, "WIDTH": width, "OUT": out, "TRANSPOSED": transposed,
-            "BLOCK_K": min(_padded(width), 128 if plan.narrow else 32), "BLOCK_V": block,
+            "BLOCK_K": min(padded(width), 128 if plan.narrow else 32), "BLOCK_V": block,
         },
     )  # fmt: skip

@@ -20,6 +20,7 @@ FIRST = {
     "test_chunked_memory_gpu.py::test_compiles_for_h100": ("Mamba-2 2.7B, 128k",),
     "test_chunked_memory_gpu.py::test_needs_of_each_kernel": (
         "Mamba-2 2.7B, 8k-90",
+        "gated 128 x 128, 8k-90",
         "delta rule, 8k-90",
         "Infini delta, 64k-90",
     ),
@@ -29,6 +30,7 @@ FIRST = {
         "v5p-infini delta 64 64, segment 256",
         "v6e-ssd 64 64, chunk 64",
         "v6e-linear 128 128, chunk 256",
+        "v6e-gated 128 128, chunk 128",
         "v6e-infini 128 128, segment 2048",
     ),
     "test_chunked_memory_tpu.py::test_odd_shapes": ("odd widths and heads", "infini delta, wide values"),

@@ -35,6 +35,7 @@ class Size(NamedTuple):
     dtype: jnp.dtype = jnp.bfloat16
     decay: bool = True
     options: dict = {"chunk_size": 256}
+    channels: bool = False  # a decay a key channel
 
     def shapes(self) -> dict:
         of_q, of_k, of_v = self.heads
@@ -42,7 +43,7 @@ class Size(NamedTuple):
         found = {"q": (*tokens, of_q, K), "k": (*tokens, of_k, K), "v": (*tokens, of_v, V)}
         found = {name: (shape, self.dtype) for name, shape in found.items()}
         if self.decay:
-            found["log_decay"] = (*tokens, states), jnp.float32
+            found["log_decay"] = (*tokens, states, *[K] * self.channels), jnp.float32
         if self.options.get("update") == "delta_rule":
             found["beta"] = (*tokens, states), jnp.float32
         return found
@@ -56,6 +57,10 @@ SIZES = {
         2, 8192, (32, 16, 16), (128, 128), decay=False, options={"chunk_size": 256, "normalize": True}
     ),
     "linear attention, float32, 8k": Size(2, 8192, (32, 32, 32), (128, 128), jnp.float32),
+    "gated 64 x 64, 8k": Size(2, 8192, (32, 32, 32), (64, 64), channels=True),
+    "gated 128 x 128, 8k": Size(2, 8192, (32, 32, 32), (128, 128), channels=True),
+    "gated 64 x 64, float32, 8k": Size(2, 8192, (32, 32, 32), (64, 64), jnp.float32, channels=True),
+    "gated 128 x 128, float32, 8k": Size(2, 8192, (32, 32, 32), (128, 128), jnp.float32, channels=True),
     "delta rule, 8k": Size(2, 8192, (32, 32, 32), (128, 128), options={"chunk_size": 64, "update": "delta_rule"}),
     "Infini, 64k": Size(2, 65536, (16, 16, 16), (128, 128), decay=False, options=INFINI),
     "Infini delta, 64k": Size(
@@ -121,7 +126,7 @@ def compile_once(kernel, types, constants, warps, capability) -> Resources:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["Mamba-2 2.7B, 128k", "delta rule, 8k", "Infini delta, 64k"])
+@pytest.mark.parametrize("name", ["Mamba-2 2.7B, 128k", "gated 64 x 64, 8k", "delta rule, 8k", "Infini delta, 64k"])
 def test_compiles_for_h100(name, record_property):
     """XLA's compiler takes the gradient of a loss, on a mesh that cuts batch, time and heads."""
     started = time.perf_counter()
@@ -138,11 +143,12 @@ def test_compiles_for_h100(name, record_property):
 
 
 def arrays_of_shard(size: Size) -> int:
-    """Bytes of the tokens of a device: queries, keys, values and outputs."""
+    """Bytes of the tokens of a device: queries, keys, values and outputs, and decays a key channel."""
     (of_q, of_k, of_v), (K, V) = size.heads, size.widths
     many = lambda heads: heads // 2 if heads > 2 else heads  # noqa: E731
     numbers = (many(of_q) + many(of_k)) * K + (many(of_v) + many(max(size.heads))) * V
-    return size.batch // 2 * (size.time // 2) * numbers * jnp.dtype(size.dtype).itemsize
+    decays = many(of_k) * K * 4 if size.channels else 0
+    return size.batch // 2 * (size.time // 2) * (numbers * jnp.dtype(size.dtype).itemsize + decays)
 
 
 @pytest.mark.aot
@@ -184,7 +190,7 @@ def borders(launches) -> int:
     return sum(
         math.prod(shape) * np.dtype(dtype).itemsize
         for launch in launches
-        if launch.kernel in ("carry", "carry_delta", "segment_sums")
+        if launch.kernel in ("carry", "channel_carry", "carry_delta", "segment_sums")
         for shape, dtype in launch.outputs[:1]
     )
 
@@ -195,6 +201,8 @@ def borders(launches) -> int:
     [
         ("Mamba-2 2.7B, 8k", 2.4, 2.9),
         ("linear attention, normalised, 8k", 2.2, 3.0),
+        ("gated 64 x 64, 8k", 2.6, 2.9),
+        ("gated 128 x 128, 8k", 2.6, 2.9),
         ("delta rule, 8k", 2.9, 4.8),
         ("Infini, 64k", 1.1, 1.3),
         ("Infini delta, 64k", 1.4, 1.7),

@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     static: tuple = ()
     time: int = 4096
     dtype: jnp.dtype = jnp.bfloat16
+    channels: bool = False  # a decay a key channel
 
     @property
     def options(self) -> dict:
@@ -55,6 +56,9 @@ KINDS = {
     "ssd 64 64, chunk 64": Kind((1, 1, 16), (64, 64), 64, decay=True),
     "linear 64 64, chunk 64": Kind((8, 8, 8), (64, 64), 64, static=NORMALIZED),
     "linear 128 128, chunk 256": Kind((8, 8, 8), (128, 128), 256, decay=True),
+    "gated 64 64, chunk 64": Kind((8, 8, 8), (64, 64), 64, decay=True, channels=True),
+    "gated 64 64, chunk 128": Kind((8, 8, 8), (64, 64), 128, decay=True, channels=True),
+    "gated 128 128, chunk 128": Kind((8, 8, 8), (128, 128), 128, decay=True, channels=True),
     "delta rule 128 128, chunk 64": Kind((8, 8, 8), (128, 128), 64, static=DELTA_RULE),
     "delta rule 64 64, chunk 128": Kind((8, 8, 8), (64, 64), 128, decay=True, static=DELTA_RULE),
     "infini 128 128, segment 2048": Kind((8, 8, 8), (128, 128), 2048, static=INFINI),
@@ -65,6 +69,7 @@ KINDS = {
 ODD = {
     "ssd float32": Kind((2, 2, 8), (128, 64), 256, decay=True, static=NORMALIZED, time=1000, dtype=jnp.float32),
     "delta rule float32": Kind((2, 2, 4), (128, 128), 100, decay=True, static=DELTA_RULE, time=130, dtype=jnp.float32),
+    "gated float32": Kind((2, 2, 2), (128, 64), 100, decay=True, channels=True, time=130, dtype=jnp.float32),
     "odd widths and heads": Kind((3, 3, 3), (40, 72), 60, decay=True, time=70),
     # As summaries have them: values beside a unit matrix or two.
     "delta rule, wide values": Kind((2, 2, 2), (128, 256), 64, decay=True, static=DELTA_RULE, time=256),
@@ -86,7 +91,7 @@ def shapes(kind: Kind, cut: int = 1) -> dict:
         "reset": struct(tokens, bool),
     }
     if kind.decay:
-        arguments["log_decay"] = struct((*tokens, heads), jnp.float32)
+        arguments["log_decay"] = struct((*tokens, heads, *[K] * kind.channels), jnp.float32)
     if kind.options.get("update") == "delta_rule":
         arguments["beta"] = struct((*tokens, heads), jnp.float32)
     matrix, vector = struct((rows, heads, K, V), jnp.float32), struct((rows, heads, K), jnp.float32)

@@ -363,7 +363,7 @@ class MemoryTests:
     def test_float32(self, name):
         self.compare(name, jnp.float32)
 
-    @pytest.mark.parametrize("name", ["ssd", "infini"])
+    @pytest.mark.parametrize("name", ["ssd", "gated", "infini"])
     def test_bfloat16(self, name):
         self.compare(name, jnp.bfloat16)
 

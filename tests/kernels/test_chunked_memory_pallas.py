@@ -39,6 +39,9 @@ LAYOUTS = {
     "one head": case(16, heads=(3, 3, 3), rates=RATES, resets=SCATTERED),
     "two of keys, one of values": case(32, heads=(2, 2, 2), widths=(3, 70), static=DELTA_RULE, rates=RATES),
     "one of keys, two of values": case(16, heads=(2, 2, 2), widths=(70, 3), static={"normalize": True}),
+    "a decay a channel, one head a register": case(
+        50, heads=(3, 1, 3), widths=(5, 70), time=70, rates=RATES, channels=True, resets=SCATTERED
+    ),
     "three values share keys": case(16, heads=(2, 2, 6), static={"normalize": True}, resets=SCATTERED),
     "programs share keys": case(16, heads=(1, 1, 4), batch=1, rates=RATES, resets=((5,),)),
     "six tiles a program": case(16, heads=(1, 1, 24), time=18, batch=1, rates=RATES),
@@ -63,13 +66,25 @@ def some_slow(names, quick):
 
 class TestPallasTpu(MemoryTests):
     backend = "pallas_tpu"
-    refused = frozenset({"linear", "gated", "gated_delta_rule, channels", "infini, decay", "infini_delta, inclusive"})
+    refused = frozenset(
+        {
+            "linear",
+            "gated, one row, normalized",
+            "gated_delta_rule, channels",
+            "infini, decay",
+            "infini_delta, inclusive",
+        }
+    )
     check_vma = False  # JAX's interpreter of kernels does not track axes
     environment = interpreted
 
     @pytest.mark.parametrize("name", some_slow(CASES, QUICK_CASES))
     def test_float64(self, name):
         self.compare(name)
+
+    @pytest.mark.parametrize("name", some_slow(["ssd", "gated", "infini"], ["ssd", "infini"]))
+    def test_bfloat16(self, name):
+        super().test_bfloat16(name)
 
     @SLOW
     @pytest.mark.parametrize("name", KINDS)

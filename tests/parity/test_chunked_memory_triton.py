@@ -56,7 +56,7 @@ class TestTritonInSpans(TritonTests):
     """With time cut into as many spans as there are chunks; only what carries states is different then."""
 
     environment = functools.partial(interpreted, shortest_span=1)
-    cases = frozenset({"linear", "ssd", "linear, normalized"})
+    cases = frozenset({"linear", "ssd", "gated"})
 
     # These do not depend on how time is cut.
     test_float32 = test_bfloat16 = test_inside_shard_map = test_documents_are_isolated_to_the_bit = None
