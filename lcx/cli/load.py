@@ -18,6 +18,7 @@ from lcx.training.train_state import blueprint
 
 # Where a run's parameters lie: its checkpoints, or what it begins with if it has not begun.
 PLACES = ("checkpoints", "imported")
+_NOTHING = "{} holds no checkpoint yet; train for at least checkpoint.every steps."
 
 
 def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
@@ -38,7 +39,7 @@ def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
         found = read_newest(folder / place, {"params": wanted})
         if found is not None:
             return plan.model(found[1]["params"]), load_tokenizer(config.data.tokenizer, config.data.start_token)
-    raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
+    raise UserError(_NOTHING.format(folder))
 
 
 def _load_export(folder: epath.Path) -> tuple[LanguageModel, Tokenizer]:
@@ -59,13 +60,14 @@ def open_checkpoint(
     folder = epath.Path(path)
     config = read_config(folder)
     shapes = blueprint(config).shapes
+    if step is not None:
+        place = "imported" if step == 0 and (folder / "imported").exists() else "checkpoints"
+        return folder, config, step, ParameterReader(folder / place, step, shapes)
     for place in PLACES:
-        chosen = newest(folder / place) if step is None else step
-        last = place == PLACES[-1]
-        if chosen is not None and ((folder / place / f"{chosen}.manifest.json").exists() or last and step is not None):
-            place = "checkpoints" if step else place
+        chosen = newest(folder / place)
+        if chosen is not None:
             return folder, config, chosen, ParameterReader(folder / place, chosen, shapes)
-    raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
+    raise UserError(_NOTHING.format(folder))
 
 
 def read_config(folder: epath.Path) -> Config:
