@@ -19,6 +19,7 @@ from lcx.training.train_state import blueprint
 
 # Where a run's parameters lie: its checkpoints, or what it begins with if it has not begun.
 PLACES = ("checkpoints", "imported")
+_NOTHING = "{} holds no checkpoint yet; train for at least checkpoint.every steps."
 
 
 def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
@@ -41,7 +42,7 @@ def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
             step, tree = found
             model = blueprint(config_at(config, folder / place, step)).model(tree["params"])
             return model, load_tokenizer(config.data.tokenizer, config.data.start_token)
-    raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
+    raise UserError(_NOTHING.format(folder))
 
 
 def _load_export(folder: epath.Path) -> tuple[LanguageModel, Tokenizer]:
@@ -61,15 +62,19 @@ def open_checkpoint(
     """
     folder = epath.Path(path)
     config = read_config(folder)
-    shapes = blueprint(config).shapes
+    if step is not None:
+        place = "imported" if step == 0 and (folder / "imported").exists() else "checkpoints"
+        return _opened(folder / place, config, step)
     for place in PLACES:
-        chosen = newest(folder / place) if step is None else step
-        last = place == PLACES[-1]
-        if chosen is not None and ((folder / place / f"{chosen}.manifest.json").exists() or last and step is not None):
-            place = "checkpoints" if step else place
-            reader = ParameterReader(folder / place, chosen, shapes)
-            return folder, config_at(config, folder / place, chosen), chosen, reader
-    raise UserError(f"{folder} holds no checkpoint yet; train for at least checkpoint.every steps.")
+        chosen = newest(folder / place)
+        if chosen is not None:
+            return _opened(folder / place, config, chosen)
+    raise UserError(_NOTHING.format(folder))
+
+
+def _opened(place: epath.Path, config: Config, step: int) -> tuple:
+    reader = ParameterReader(place, step, blueprint(config).shapes)
+    return place.parent, config_at(config, place, step), step, reader
 
 
 def config_at(config: Config, folder: epath.Path, step: int) -> Config:

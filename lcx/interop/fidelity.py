@@ -53,18 +53,17 @@ class Results:
 def check_tensors(folder: epath.Path, form: Format, mapping: Correspondence, values: Values, dtype: str) -> dict:
     """The sha256 of each tensor in the files, by name. Raises Unfaithful for the first that is not bitwise `values`."""
     kind, checksums = safetensors.DTYPES[dtype], {}
-    with safetensors.Reader(folder) as reader:
-        for name in mapping.tensors:
-            expected = np.ascontiguousarray(values(name)).astype(kind, copy=False)
-            found = reader.tensor(name)
-            same = found.shape == expected.shape and found.dtype == kind
-            if not same or found.tobytes() != expected.tobytes():
-                where = form.blocks(name) or "outside the layers"
-                raise Unfaithful(
-                    f"the export is not the model: the first layer that differs is {where}, in its tensor {name}, "
-                    f"which is not bit for bit what the checkpoint holds{_how(found, expected)}."
-                )
-            checksums[name] = safetensors.checksum(found)
+    reader = safetensors.Reader(folder)
+    for name in mapping.tensors:
+        expected = np.ascontiguousarray(values(name)).astype(kind, copy=False)
+        found = reader.tensor(name)
+        if found.shape != expected.shape or found.dtype != kind or _different(found, expected).any():
+            where = form.blocks(name) or "outside the layers"
+            raise Unfaithful(
+                f"the export is not the model: the first layer that differs is {where}, in its tensor {name}, "
+                f"which is not bit for bit what the checkpoint holds{_how(found, expected)}."
+            )
+        checksums[name] = safetensors.checksum(found)
     return checksums
 
 
@@ -73,10 +72,15 @@ def _how(found: np.ndarray, expected: np.ndarray) -> str:
         return f" ({found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)})"
     if found.ndim == 2 and found.shape[0] == found.shape[1] and found.T.tobytes() == expected.tobytes():
         return " but its transpose"
-    bits = np.dtype(f"u{found.dtype.itemsize}")
-    wrong = np.flatnonzero(found.reshape(-1).view(bits) != expected.reshape(-1).view(bits))
+    wrong = np.flatnonzero(_different(found, expected))
     place = [int(index) for index in np.unravel_index(wrong[0], found.shape)]
     return f" ({len(wrong)} of {found.size} numbers differ, the first at {place})"
+
+
+def _different(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """bool [size]: where the bits of two arrays of one dtype and shape differ."""
+    bits = np.dtype(f"u{found.dtype.itemsize}")
+    return found.reshape(-1).view(bits) != expected.reshape(-1).view(bits)
 
 
 def missing_libraries() -> list[str]:

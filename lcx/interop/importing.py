@@ -39,19 +39,17 @@ class Weights:
     def parameters(self) -> dict:
         """The parameters as NumPy arrays in the model's dtype. Raises UserError unless the files hold just those."""
         mapping = lay_out(FORMATS[self.format].names(self.model), self.model.shapes)
-        with safetensors.Reader(self.folder) as reader:
-            names = {RENAMED.get(name, name): name for name in reader.shapes if not name.endswith(BUFFERS)}
-            if self.model.config.tie_embeddings:
-                names.pop("lm_head.weight", None)
-            try:
-                check_names({name: reader.shapes[there] for name, there in names.items()}, mapping.tensors)
-            except ValueError as error:
-                raise UserError(f"{self.folder} does not hold what its config.json says: {error}.") from None
-            read = lambda piece: reader.rows(names[piece.name], piece.start, piece.shape[0])  # noqa: E731
-            dtypes = {path_name(path): leaf.dtype for path, leaf in _leaves(self.model.shapes)}
-            found = {
-                path: array.astype(dtypes[path], copy=False) for path, array in fill(mapping, read, self.model.shapes)
-            }
+        reader = safetensors.Reader(self.folder)
+        names = {RENAMED.get(name, name): name for name in reader.shapes if not name.endswith(BUFFERS)}
+        if self.model.config.tie_embeddings:
+            names.pop("lm_head.weight", None)
+        try:
+            check_names({name: reader.shapes[there] for name, there in names.items()}, mapping.tensors)
+        except ValueError as error:
+            raise UserError(f"{self.folder} does not hold what its config.json says: {error}.") from None
+        read = lambda piece: reader.rows(names[piece.name], piece.start, piece.shape[0])  # noqa: E731
+        dtypes = {path_name(path): leaf.dtype for path, leaf in _leaves(self.model.shapes)}
+        found = {path: array.astype(dtypes[path], copy=False) for path, array in fill(mapping, read, self.model.shapes)}
         return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], self.model.shapes)
 
 
@@ -77,11 +75,11 @@ def open_weights(folder: epath.PathLike) -> Weights:
         name, config = record["format"], ModelConfig.from_dict(record["model"])
     else:
         name, config = _read_config(folder)
-    with safetensors.Reader(folder) as reader:
-        unknown = sorted(reader.dtypes - _DTYPES.keys())
-        if unknown:
-            raise UserError(f"{folder} holds tensors of type {unknown[0]}; lcx reads {', '.join(_DTYPES.values())}.")
-        dtypes = {_DTYPES[kind] for kind in reader.dtypes}
+    reader = safetensors.Reader(folder)
+    unknown = sorted(reader.dtypes - _DTYPES.keys())
+    if unknown:
+        raise UserError(f"{folder} holds tensors of type {unknown[0]}; lcx reads {', '.join(_DTYPES.values())}.")
+    dtypes = {_DTYPES[kind] for kind in reader.dtypes}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else "float32"
     return Weights(folder, name, architecture(replace(config, param_dtype="float32")), dtype)
 
@@ -116,14 +114,14 @@ def check_stamp(folder: epath.Path) -> None:
     if not stamp.get("verified"):
         warnings.warn(f"{folder} is unverified: {stamp.get('reason')}", stacklevel=3)
     form = FORMATS[read_record(folder)["format"]]
-    with safetensors.Reader(folder) as reader:
-        present = reader.shapes
-        for name, expected in stamp.get("checksums", {}).items():
-            if name not in present or safetensors.checksum(reader.tensor(name)) != expected:
-                where = form.blocks(name) or "outside the layers"
-                raise UserError(
-                    f"{folder} was changed after it was stamped: {name} ({where}) is not what it was; export it again."
-                )
+    reader = safetensors.Reader(folder)
+    present = reader.shapes
+    for name, expected in stamp.get("checksums", {}).items():
+        if name not in present or safetensors.checksum(reader.tensor(name)) != expected:
+            where = form.blocks(name) or "outside the layers"
+            raise UserError(
+                f"{folder} was changed after it was stamped: {name} ({where}) is not what it was; export it again."
+            )
 
 
 def fresh(model: Architecture, seed: int) -> dict:

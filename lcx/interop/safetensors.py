@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from etils import epath
 
 from lcx.errors import UserError
@@ -88,45 +88,37 @@ def _header(tensors: Mapping[str, Shape], sizes: Mapping[str, int], dtype: str) 
 
 
 class Reader:
-    """The tensors of a folder of safetensors files; nothing is read before it is asked for."""
+    """The tensors of a folder of safetensors files; nothing is read, or held, but what is asked for."""
 
     def __init__(self, folder: epath.PathLike):
-        """Opens the files. Raises UserError where there are none, or one is missing or damaged."""
-        import safetensors  # here, so that a run that imports nothing does without it
-
+        """Reads the headers. Raises UserError where there are none, or a file is missing or damaged."""
         self.folder = epath.Path(folder)
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: set[str] = set()  # in the words of the format: "F32"
+        self._files: dict[str, str] = {}
         for file in _files(self.folder):
             try:
-                handle = self._stack.enter_context(safetensors.safe_open(self.folder / file, framework="np"))
+                with self._open(file) as handle:
+                    for name in handle.keys():
+                        part = handle.get_slice(name)
+                        self._files[name], self.shapes[name] = file, tuple(part.get_shape())
+                        self.dtypes.add(part.get_dtype())
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{self.folder / file} cannot be read: {error}.") from None
-            self._files |= dict.fromkeys(handle.keys(), handle)
 
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """The shape of each tensor, by name."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    @property
-    def dtypes(self) -> set[str]:
-        """The dtypes that occur, in the words of the format: "F32"."""
-        return {file.get_slice(name).get_dtype() for name, file in self._files.items()}
+    def _open(self, file: str) -> Any:
+        """The file, mapped while it is read: what stays mapped would count as memory of this process."""
+        return safetensors.safe_open(self.folder / file, framework="np")
 
     def rows(self, name: str, start: int, count: int) -> np.ndarray:
         """Some of a tensor's rows."""
-        return self._files[name].get_slice(name)[start : start + count]
+        with self._open(self._files[name]) as handle:
+            return handle.get_slice(name)[start : start + count]
 
     def tensor(self, name: str) -> np.ndarray:
         """A whole tensor."""
-        return self._files[name].get_tensor(name)
+        with self._open(self._files[name]) as handle:
+            return handle.get_tensor(name)
 
 
 def checksum(array: np.ndarray) -> str:

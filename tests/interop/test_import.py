@@ -58,10 +58,10 @@ def test_import_then_export_is_bitwise_equal(dtype, tmp_path, capsys):
     assert run("import_hf", f"--source={tmp_path / 'llama'}", f"--workdir={tmp_path / 'run'}") == 0
     assert "llama, 50,208 parameters" in capsys.readouterr().out
     assert run("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--noverify") == 0
-    with Reader(tmp_path / "out") as reader:
-        assert reader.shapes.keys() == tensors.keys()
-        for name, array in tensors.items():
-            assert reader.tensor(name).dtype == array.dtype and reader.tensor(name).tobytes() == array.tobytes()
+    reader = Reader(tmp_path / "out")
+    assert reader.shapes.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert reader.tensor(name).dtype == array.dtype and reader.tensor(name).tobytes() == array.tobytes()
     config = read_json(tmp_path / "run" / "config.json")["config"]["model"]
     assert config["mixers"]["attention"]["rope_base"] == 5e5 and config["norm_eps"] == 1e-6
     model, tokenizer = lcx.load(tmp_path / "run")
