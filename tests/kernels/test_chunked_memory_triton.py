@@ -129,4 +129,4 @@ def test_large_sizes_are_planned():
     assert plan.spans * 32 * 2 >= triton_plan.WANTED_PROGRAMS
     assert triton_plan.make_plan(shape._replace(batch=16, time=4096), True, 256).spans == 1
     with pytest.raises(ValueError, match="more than a grid has"):
-        triton_plan._programs(2**31)
+        triton_plan.programs(2**31)
