@@ -48,7 +48,11 @@ def test_values_do_not_depend_on_the_dtype():
     """They are drawn in float32 and then cast: bfloat16 is the rounding of float32, float64 its extension."""
     with jax.enable_x64(True):
         values = {
-            dtype: flat(create(lambda dtype=dtype: LanguageModel(tiny(param_dtype=dtype, pattern="mamba mlp").model, nnx.Rngs(1)))[1])
+            dtype: flat(
+                create(
+                    lambda dtype=dtype: LanguageModel(tiny(param_dtype=dtype, pattern="mamba mlp").model, nnx.Rngs(1))
+                )[1]
+            )
             for dtype in ("float32", "bfloat16", "float64")
         }
     for name, value in values["float32"].items():
