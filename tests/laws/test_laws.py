@@ -111,12 +111,12 @@ def packings(draw, dtype: str):
     )
 
 
-def lawful(law):
+def lawful(law, examples=EXAMPLES):
     """Runs a law on every subject that does not declare to break it, in both dtypes, float64 with 64-bit JAX."""
 
     def decorate(test):
         @pytest.mark.parametrize("name, dtype", subjects(law))
-        @settings(max_examples=EXAMPLES)
+        @settings(max_examples=examples)
         @given(data=st.data())
         def run(name, dtype, data):
             with jax.enable_x64(dtype == "float64"):
@@ -146,7 +146,7 @@ def test_continuation(subject, chunk, tolerance, draw):
     assert found.value <= tolerance, found
 
 
-@lawful("continuation")
+@lawful("continuation", examples=4)  # one split, whose many pieces take long
 def test_decode_continues(subject, chunk, tolerance, draw):
     """Token by token is a split like any other."""
     found = laws.continuation(subject, chunk, [1] * TIME)
