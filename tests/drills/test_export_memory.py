@@ -14,25 +14,31 @@ from lcx.interop.architecture import architecture
 from lcx.params import count_parameters
 from lcx.training.checkpointing import Checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc"),
+]
 
+# The high-water mark of this program alone: ru_maxrss begins with that of the process which started it.
 MEASURE = """
-import resource, sys
+import re, sys
 import jax, lcx.cli.load, lcx.interop.export
 from lcx.cli.main import main
 jax.devices()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 assert main(sys.argv[1:]) == 0
-print("more", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print("more", peak() - before)
 """
 
 
 def test_memory(tmp_path):
     config = default_config()
-    config.model.update(pattern="mlp", periods=40, d_model=768, vocab_size=256)
+    config.model.update(pattern="mlp", periods=40, d_model=512, vocab_size=256)
     config.model.mixers = {"mlp": {"type": "mlp", "d_ff": 2048}}
     model = architecture(Config.from_dict(config).model)
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), model.shapes)
+    random = np.random.default_rng(0)  # what is stored is compressed
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), model.shapes)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
     checkpoints.save(7, {"params": params})
     checkpoints.close()
@@ -42,4 +48,4 @@ def test_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert done.returncode == 0, done.stderr
     more, whole = int(done.stdout.split("more ")[1]), 4 * count_parameters(params)
-    assert whole > 7e8 and more < whole / 4, f"{more / 1e6:.0f} MB more for a model of {whole / 1e6:.0f} MB"
+    assert whole > 5e8 and more < whole / 4, f"{more / 1e6:.0f} MB more for a model of {whole / 1e6:.0f} MB"

@@ -14,8 +14,7 @@ from lcx.interop.architecture import architecture
 from lcx.interop.export import Settings, check, export
 from lcx.interop.fidelity import Unfaithful
 from lcx.interop.formats import FORMATS
-from lcx.interop.importing import fresh
-from tests.interop.models import MODELS, model, source
+from tests.interop.models import MODELS, draw, model, source
 from tests.parity.exports import ROOT
 
 pytestmark = pytest.mark.parity
@@ -44,13 +43,13 @@ def test_small_models(name, tmp_path, say):
 
 @pytest.mark.parametrize("argument", WIDTHS)
 def test_published_widths(argument, tmp_path, say):
-    """One period of a published size, its window or segment cut so that the prompt passes it; as it is drawn."""
+    """One period of a published size, its window or segment cut so that the prompt passes it; random values."""
     section = load_config(f"{ROOT}/configs/{argument}").model.to_dict()
     section |= {"periods": 1, "vocab_size": 512, "compute_dtype": "float32", "remat": {}}
     for mixer, options in WIDTHS[argument].items():
         section["mixers"][mixer] |= options
     made = architecture(ModelConfig.from_dict(section))
-    stamp = export(source(made, fresh(made, seed=0)), tmp_path / "out", Settings(prompt=40), QUIET)
+    stamp = export(source(made, draw(made)), tmp_path / "out", Settings(prompt=40), QUIET)
     errors = [stamp[part]["max_error"] for part in ("prefill", "decode")]
     say(f"export of {argument}, width {made.config.d_model}: logits differ by at most {max(errors):.1e}")
     assert stamp["verified"] and max(errors) < 1e-4
