@@ -130,7 +130,7 @@ def test_closing_drops_what_was_not_begun(make_config, monkeypatch):
     config = with_workers(make_config(documents(30)), 1)
     begun, may_go_on = [], threading.Event()
 
-    def slow(config, index):
+    def slow(config, index, rows):
         begun.append(index)
         if index > 0:
             may_go_on.wait(10)
@@ -152,7 +152,7 @@ def test_closing_drops_what_was_not_begun(make_config, monkeypatch):
 def test_errors_keep_their_type_and_place(make_config, monkeypatch, workers):
     config = with_workers(make_config(documents(30)), workers)
 
-    def faulty(config, index):
+    def faulty(config, index, rows):
         if index == 6:
             raise UserError("record 6 is bad.")
         return batch(config, index)

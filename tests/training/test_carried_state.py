@@ -10,10 +10,11 @@ import pytest
 
 from lcx.cli.load import load
 from lcx.cli.train import train
-from lcx.config import Config, load_config
+from lcx.config import Config, MeshConfig, load_config
 from lcx.data import batch as read_batch
 from lcx.errors import UserError
 from lcx.models.cross_entropy import token_losses
+from lcx.parallel.mesh import abstract_mesh, make_mesh
 from lcx.training.carried_state import cut, join
 from lcx.training.trainer import make_program
 
@@ -66,11 +67,11 @@ def test_a_step_goes_on_where_its_rows_stopped(tmp_path):
     """On a mesh, with rows and time cut over devices, and a batch in two pieces."""
     mesh = {"data": 2, "seq": 2}
     config = make(tmp_path, mesh=mesh, accumulate=2)
-    program = make_program(config, jax.devices()[:4])
+    program = make_program(config, make_mesh(config.mesh, jax.devices()[:4]))
     batches = [read_batch(config, i) for i in range(4)]
     assert sum(one["positions"][:, 0].astype(bool).sum() for one in batches) > 4
     found = []
-    with jax.set_mesh(program.mesh):
+    with program.on_mesh():
         step = jax.jit(program.step)
         fresh = state = program.create()
         for one in batches:
@@ -101,7 +102,7 @@ def test_cutting_and_joining_rows_are_inverse():
 
 def test_states_that_grow_are_refused(tmp_path):
     with pytest.raises(UserError, match='the state of the mixer "attention" grows with every token'):
-        make_program(make(tmp_path, family="transformer"), jax.devices()[:1])
+        make_program(make(tmp_path, family="transformer"), abstract_mesh(MeshConfig(data=1)))
 
 
 @pytest.mark.slow
