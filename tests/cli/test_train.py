@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import lcx
@@ -14,6 +15,7 @@ from lcx.cli.main import main
 TINY = [
     "--config=configs/samba.py:size=tiny,sequence_length=64",
     "--config.model.d_model=32",
+    "--config.model.pattern=mamba swa mlp",
     "--config.model.mixers.swa.num_heads=4",
     "--config.model.mixers.swa.num_kv_heads=4",
     "--config.model.mixers.mlp.d_ff=48",
@@ -73,7 +75,7 @@ def test_steps_may_grow_and_the_run_goes_on(finished, corpus, tmp_path, capsys):
 
 def test_load_gives_the_model_that_was_trained(finished):
     model, tokenizer = lcx.load(finished)
-    logits, _, _ = model(tokenizer.encode("a line of words")[None])
+    logits, _, _ = jax.jit(model)(tokenizer.encode("a line of words")[None])
     assert logits.shape == (1, 15, 256)
 
 
