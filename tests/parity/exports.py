@@ -11,6 +11,7 @@ from lcx.cli.main import main
 from lcx.config import Config, load_config, override
 from lcx.data import batch as read_batch
 from lcx.files import write_json
+from lcx.parallel.mesh import make_mesh
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.trainer import lower_step, make_program
 
@@ -57,7 +58,7 @@ def make_run(family: str, folder: Path) -> Path:
     for setting in [*settings, "mesh.data=1", *SHORT.get(family, [])]:
         override(config, *setting.split("=", 1))
     config = Config.from_dict(config)
-    program = make_program(config, jax.devices()[:1])
+    program = make_program(config, make_mesh(config.mesh, jax.devices()[:1]))
     state, step = program.create(), lower_step(program).compile(compiler_options=FASTER)
     for index in range(STEPS):
         state, metrics = step(state, program.put(read_batch(config, index)))
