@@ -132,12 +132,14 @@ def test_a_mixed_mesh_changes_nothing(batch, whole):
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.mesh
 @pytest.mark.slow
 def test_every_mesh_changes_nothing(batch, whole, mesh):
     compare(one_step(config(mesh=mesh), batch), whole)
 
 
 @pytest.mark.parametrize("family", ["transformer", "infini", "infini:update=segment_delta", "sink", SINK_TOKEN])
+@pytest.mark.mesh
 @pytest.mark.slow
 def test_a_mixed_mesh_changes_nothing_in_other_families(batch, family):
     expected, found = (one_step(config(family, mesh=mesh), batch) for mesh in ({"data": 1}, MIXED_MESH))
