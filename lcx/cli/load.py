@@ -79,8 +79,9 @@ def _opened(place: epath.Path, config: Config, step: int) -> tuple:
 
 def config_at(config: Config, folder: epath.Path, step: int) -> Config:
     """The config of the stage that a checkpoint's last step was in: stages may differ in the base of RoPE."""
-    trained = data_index_of(folder, step) if step else 0
-    return model_stage_at(config, max(0, trained - 1)).config
+    if not step or not config.train.stages:
+        return model_stage_at(config, 0).config
+    return model_stage_at(config, data_index_of(folder, step) - 1).config
 
 
 def read_config(folder: epath.Path) -> Config:
