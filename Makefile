@@ -21,7 +21,7 @@ drills: .venv/installed-test  ## the tests that take minutes: kills and resumes,
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot and not mesh"
 
 meshes: .venv/installed-test  ## every mixer and family on every mesh, against one device, and runs of fifty steps
-	$(BIN)/pytest -n 2 --dist worksteal -m "$(MESHES)"
+	$(BIN)/pytest -n 2 --dist worksteal -m "$(MESHES)" tests/laws tests/training
 
 aot: .venv-aot/installed  ## compiles kernels for TPUs and GPUs that are not here, and prints what they take
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-aot/bin/pytest -n 2 --dist loadfile -m "$(AOT)" tests/aot
