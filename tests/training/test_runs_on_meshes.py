@@ -65,5 +65,5 @@ def alone() -> list[float]:
 def test_fifty_steps(mesh, record_property):
     found, expected = losses(config(**MESHES[mesh])), alone()
     worst = np.abs(np.array(found) / expected - 1).max()
-    record_property("deviation", (f"losses of {STEPS} steps", "float32", worst))
-    assert worst < 1e-5 and expected[-1] < expected[0], worst
+    record_property("deviation", (f"losses of {STEPS} steps", "float32", float(worst)))
+    assert worst < 1e-5 and np.ptp(expected) > 0.01, worst
