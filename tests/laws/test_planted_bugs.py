@@ -55,7 +55,7 @@ class Declared(DropsTheState):
 
 LAWS = {
     "causality": lambda subject, chunk: laws.causality(subject, chunk, last=6),
-    "continuation": lambda subject, chunk: laws.continuation(subject, chunk, [4, 4, 4]),
+    "continuation": lambda subject, chunk: laws.continuation(subject, chunk, [3, 5, 4]),
     "empty_state": laws.empty_state,
     "isolation_bitwise": lambda subject, chunk: laws.isolation_bitwise(subject, chunk, [chunk.documents[2]]),
     "isolation_alone": laws.isolation_alone,
