@@ -2,9 +2,11 @@
 # requirements.lock; it is filled again when the lock or pyproject.toml changes.
 
 PYTHON ?= python3
-# make aot AOT="aot and not slow", make meshes MESHES="mesh and not slow": what .ci/run takes of them
+# make aot AOT="aot and not slow", make meshes MESHES="mesh and not slow", make drills DRILLS="slow and not long": what
+# .ci/run takes of them
 AOT ?= aot
 MESHES ?= mesh
+DRILLS ?= slow
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
@@ -18,7 +20,7 @@ test: .venv/installed-test  ## the tests that take seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity and not aot and not mesh"
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not parity and not aot and not mesh"
+	$(BIN)/pytest -n 2 --dist loadfile -m "($(DRILLS)) and not parity and not aot and not mesh"
 
 meshes: .venv/installed-test  ## every mixer and family on every mesh, against one device, and runs of fifty steps
 	$(BIN)/pytest -n 2 --dist worksteal -m "$(MESHES)" tests/laws tests/training
