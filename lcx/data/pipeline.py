@@ -77,7 +77,7 @@ def batch(config: Config | Mapping, data_index: int, rows: Sequence[int] | None 
     dataset, numbers = mixed.assign(local_index, wanted)
     pieces: list = [None] * len(wanted)
     loss_weights = np.ones((len(wanted), 1), np.float32)
-    for number in np.unique(dataset).tolist():
+    for number in sorted(set(dataset.tolist())):
         here = np.flatnonzero(dataset == number)
         loss_weights[here] = mixed.datasets[number].loss_weight
         for row, found in zip(here.tolist(), mixed.datasets[number].packer.rows(numbers[here]), strict=True):

@@ -57,7 +57,7 @@ def permute_rows(rows: np.ndarray, total: int, stride: int, seed: int) -> np.nda
     """
     epochs = rows * stride // total
     permuted = np.empty_like(rows)
-    for epoch in np.unique(epochs).tolist():
+    for epoch in sorted(set(epochs.tolist())):
         first_row, next_first_row = -(-epoch * total // stride), -(-(epoch + 1) * total // stride)
         here = epochs == epoch
         key = make_key("rows", seed, epoch)
@@ -77,7 +77,7 @@ class BestFit:
     def rows(self, numbers: np.ndarray) -> list[list[Piece]]:
         """See Packer."""
         epochs, within = np.divmod(numbers, len(self.plan))
-        keys = {epoch: make_key("rows", self.seed, epoch) for epoch in np.unique(epochs).tolist()}
+        keys = {epoch: make_key("rows", self.seed, epoch) for epoch in sorted(set(epochs.tolist()))}
         key = np.array([keys[epoch] for epoch in epochs.tolist()], np.uint64)
         planned = permute(within, len(self.plan), key) if len(numbers) else within
         return [[self._piece(*span) for span in self.plan.row(int(row))] for row in planned]

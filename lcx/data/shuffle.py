@@ -75,13 +75,16 @@ def block_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def order_within(blocks: np.ndarray, sizes: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The documents of these blocks, which have these sizes, in the order in which they are read."""
-    block = np.repeat(blocks, sizes)
+    """The documents of these blocks, which have these sizes, in the order in which they are read.
+
+    Sorted by a keyed hash, which is several times quicker than `permute` where the order of all is wanted. No two
+    documents of a block have the same hash.
+    """
+    block = np.repeat(blocks, sizes).astype(np.uint64)
     within = np.arange(len(block)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    key = np.uint64(make_key("documents", seed, epoch)) ^ block.astype(np.uint64)
-    if len(blocks) == 1:  # one size and one key, which are quicker to compute with
-        return block * block_length(n) + permute(within, sizes[0], key[0])
-    return block * block_length(n) + permute(within, np.repeat(sizes, sizes), key)
+    hashes = _mix(_mix(np.uint64(make_key("documents", seed, epoch)) ^ block) ^ within.astype(np.uint64))
+    order = np.argsort(hashes) if len(blocks) == 1 else np.lexsort((hashes, np.repeat(np.arange(len(blocks)), sizes)))
+    return block[order].astype(np.int64) * block_length(n) + within[order]
 
 
 def document_order(n: int, seed: int, epoch: int) -> np.ndarray:

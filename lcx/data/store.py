@@ -245,7 +245,7 @@ class Stored:
         tokens = np.zeros(int(counts.sum()), np.int32)
         weights = np.ones(tokens.shape, np.float32)
         shards = np.searchsorted(self._first, documents, side="right") - 1
-        for shard in np.unique(shards).tolist():
+        for shard in sorted(set(shards.tolist())):
             parts = []
             for i in np.flatnonzero(shards == shard).tolist():
                 document, start, count = int(documents[i]), int(starts[i]), int(counts[i])

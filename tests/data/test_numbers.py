@@ -62,8 +62,8 @@ class MadeUp:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows, most", [(1, 0.010), (8, 0.020)])
-def test_a_random_index_of_a_hundred_million_documents_takes_milliseconds(rows, most):
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_random_index_of_a_hundred_million_documents_takes_under_ten_milliseconds(rows):
     """In an epoch that was never read from, each time; CPU time, since other tests may run beside this one."""
     documents = MadeUp(10**8)
     block_totals(documents)
@@ -76,7 +76,7 @@ def test_a_random_index_of_a_hundred_million_documents_takes_milliseconds(rows, 
         make_batch(packer.rows(numbers), 8192, numbers)
         seconds.append(time.process_time() - start)
     print(f"{rows} rows: median {np.median(seconds) * 1e3:.1f} ms, longest {max(seconds) * 1e3:.1f} ms")
-    assert np.median(seconds) < most
+    assert np.median(seconds) < 0.010
 
 
 @pytest.mark.slow

@@ -79,12 +79,12 @@ def test_batch_is_pure(make_config, start_token):
     [
         (
             None,
-            "fdb3c745a916580befc6de97e183dbabcbc4cd4ea1b9fb4eab12175a84e0800c",
+            "716bc6af29d689ac3982496b08e7017e0baef563e5f1969c6e6ebf78473209b2",
             "ed2bed1ce931a6e24d3f8ff36911e0b0d08b22e38288d7ad7dcecd6b8f845cf9",
         ),
         (
             START,
-            "658fbe8ea0fca7adcd8862999030e7a39bf20d1e21b6c7ef549233cf26233d52",
+            "258eb72f47594a3765ebcf31baefe188b98e0e82ce96e074e81335bb858f38fb",
             "c7140a14f74ca30c661b8d384998b9c77b9dd2097c710a2b6e8fe727601eb8ad",
         ),
     ],
