@@ -165,9 +165,9 @@ def without_a_sum(right):
 def leaky_taps(right):
     """Taps of a shard's first tokens that do not ask where their document starts."""
 
-    def wrong(x, weight, bias, *, tail, lookback):
+    def wrong(x, weight, bias, *, tail, lookback, **options):
         first = jnp.arange(x.shape[1]) < weight.shape[1] - 1
-        return right(x, weight, bias, tail=tail, lookback=jnp.where(first, weight.shape[1], lookback))
+        return right(x, weight, bias, tail=tail, lookback=jnp.where(first, weight.shape[1], lookback), **options)
 
     return wrong
 
