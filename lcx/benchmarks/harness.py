@@ -67,7 +67,7 @@ def ratio(numerator: Timing, denominator: Timing) -> float:
 
 
 def seconds_of(timings: Mapping[str, Timing], tokens: int = 0) -> dict[str, float]:
-    """The details of a result: seconds of the contestants and how much they varied; their tokens/s, of `tokens` a call."""
+    """The details of a result: seconds of the contestants, how much they varied, their tokens/s of `tokens` a call."""
     found = {f"{name}_seconds": timing.median for name, timing in timings.items()}
     found |= {f"{name}_spread": timing.spread for name, timing in timings.items()}
     return found | ({f"{name}_tokens_per_second": tokens / t.median for name, t in timings.items()} if tokens else {})
@@ -94,7 +94,8 @@ def machine() -> dict[str, Any]:
 def line(result: Result) -> str:
     """A result in a line, for people who wait."""
     holds = {None: "", True: "", False: "  NOT HELD"}[result.holds]
-    return f"{result.name}: {result.value:,.3g} {result.unit}{f' (wanted {result.wanted})' if result.wanted else ''}{holds}"
+    wanted = f" (wanted: {result.wanted})" if result.wanted else ""
+    return f"{result.name}: {result.value:,.3g} {result.unit}{wanted}{holds}"
 
 
 def markdown(title: str, results: Sequence[Result]) -> str:

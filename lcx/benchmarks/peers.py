@@ -1,7 +1,7 @@
 """What a user would pick instead, where it is installed: models of transformers, trained and decoded in PyTorch.
 
-The sizes are those of `lcx.benchmarks.models`, and so is everything that a step does: forward, loss, backward, clipping,
-AdamW. PyTorch gets as many threads as XLA has.
+The sizes are those of `lcx.benchmarks.models`, and so is what a step does: forward, loss, backward, clipping, AdamW.
+PyTorch gets as many threads as XLA has.
 """
 
 import importlib.util

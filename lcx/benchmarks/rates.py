@@ -15,8 +15,7 @@ WIDTH, ROWS, TIME = 1024, 2, 1024
 def rate_results(rounds: int) -> list[Result]:
     """A Transformer++ of width 1024: FLOP/s of the step over those of its matrix products alone, in jnp.
 
-    Both counts are of the model: forward and twice as much backward. The step's includes attention's pairs, so that what
-    it is compared with does too.
+    Both counts are of the model: forward, and twice as much backward. The step's includes attention's pairs.
     """
     config = make_config("transformer", ROWS, TIME, width=WIDTH)
     d_ff = config.model.mixers["mlp"]["d_ff"]

@@ -11,7 +11,10 @@ from lcx.cli.flags import Flag, parse
 from lcx.errors import UserError, suggest
 from lcx.files import write_bytes, write_json
 
-SUMMARY = "Times lcx beside its alternatives in one run: lcx benchmark kernels (or train, decode, scaling, compile, hardware). Machines are noisy: trust the ratios."
+SUMMARY = (
+    "Times lcx beside its alternatives in one run: lcx benchmark kernels (or train, decode, scaling, compile, "
+    "hardware). Machines are noisy: trust the ratios."
+)
 FLAGS = [
     Flag("rounds", "how often each contestant takes its turn", kind=int, default=15, limits={"lower_bound": 1}),
     Flag("out", "a folder for the report as JSON and Markdown; nothing is written without it"),
