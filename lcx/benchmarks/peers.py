@@ -5,13 +5,19 @@ PyTorch gets as many threads as XLA has.
 """
 
 import importlib.util
+import json
 import os
+import subprocess
+import tempfile
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lcx.benchmarks.models import D_FF, HEADS, LAYERS, VOCABULARY, WIDTH, WINDOW, make_batch
+from lcx.errors import UserError
 
 
 def available(*packages: str) -> bool:
@@ -68,6 +74,35 @@ def train_step(family: str, batch: int, time: int, **options: Any) -> Callable[[
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
+    return step
+
+
+def easydel_step(python: str, family: str, batch: int, time: int) -> Callable[[], float]:
+    """As `train_step`, of EasyDeL, a trainer in JAX, in a process of a Python that has it.
+
+    Raises UserError where that Python cannot take a step.
+    """
+    sizes = dict(width=WIDTH, layers=LAYERS, vocabulary=VOCABULARY, d_ff=D_FF, heads=HEADS)
+    worker = Path(__file__).with_name("easydel_worker.py")
+    command = [python, str(worker), family, str(batch), str(time), json.dumps(sizes)]
+    errors = tempfile.TemporaryFile("w+")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        process = subprocess.Popen(command, **pipes)
+    except OSError as error:
+        raise UserError(f"--easydel: {python} cannot be run: {error.strerror}.") from error
+    while (said := process.stdout.readline()) != "ready\n":  # it greets on its output
+        if not said:
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:]
+            raise UserError(f"--easydel: {python} cannot train with EasyDeL: {''.join(last)}")
+
+    def step() -> float:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    weakref.finalize(step, process.kill)
     return step
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from etils import epath
 
@@ -17,12 +18,13 @@ SUMMARY = (
 )
 FLAGS = [
     Flag("rounds", "how often each contestant takes its turn", kind=int, default=15, limits={"lower_bound": 1}),
+    Flag("easydel", "train: a Python that has EasyDeL, which is then timed too (it needs other versions than lcx)"),
     Flag("out", "a folder for the report as JSON and Markdown; nothing is written without it"),
 ]
 Parts = tuple[Callable[[int], list], ...]  # each makes results of a number of rounds
 
 
-def _kernels(_: epath.Path | None) -> Parts:
+def _kernels(_: Any) -> Parts:
     from lcx.benchmarks.attention import attention_results  # takes seconds: JAX
     from lcx.benchmarks.kernels import scan_results
     from lcx.benchmarks.memory import memory_results
@@ -30,7 +32,7 @@ def _kernels(_: epath.Path | None) -> Parts:
     return scan_results, attention_results, memory_results
 
 
-def _train(_: epath.Path | None) -> Parts:
+def _train(values: Any) -> Parts:
     from lcx.benchmarks.overhead import EVERY, overhead_results
     from lcx.benchmarks.rates import rate_results
     from lcx.benchmarks.train import train_results
@@ -43,28 +45,28 @@ def _train(_: epath.Path | None) -> Parts:
         config.checkpoint.every = config.evaluation.every = EVERY
         return overhead_results(partial(run, finish=False), Config.from_dict(config), rounds)
 
-    return train_results, rate_results, overhead
+    return partial(train_results, easydel=values.easydel), rate_results, overhead
 
 
-def _decode(_: epath.Path | None) -> Parts:
+def _decode(_: Any) -> Parts:
     from lcx.benchmarks.decode import decode_results
 
     return (decode_results,)
 
 
-def _scaling(_: epath.Path | None) -> Parts:
+def _scaling(_: Any) -> Parts:
     from lcx.benchmarks.scaling import scaling_results
 
     return (scaling_results,)
 
 
-def _compile(_: epath.Path | None) -> Parts:
+def _compile(_: Any) -> Parts:
     from lcx.benchmarks.startup import startup_results
 
     return (startup_results,)
 
 
-def _hardware(folder: epath.Path | None) -> Parts:
+def _hardware(values: Any) -> Parts:
     import jax
 
     from lcx.benchmarks.hardware import hardware_results
@@ -73,11 +75,11 @@ def _hardware(folder: epath.Path | None) -> Parts:
     small = jax.default_backend() == "cpu"
     config = load_config("configs/samba.py:size=tiny,sequence_length=64" if small else "configs/samba.py:size=421m")
     config.train.batch_size = 2 if small else 4
-    profile = None if folder is None else str(folder / "profile")
+    profile = None if values.out is None else f"{values.out}/profile"
     return (partial(hardware_results, Config.from_dict(config), profile),)
 
 
-# Each takes the folder of the report, if there is one, and gives its parts.
+# Each takes the values of the flags, and gives its parts.
 SUITES = {
     "kernels": _kernels,
     "train": _train,
@@ -99,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     from lcx.benchmarks import harness
 
     results = []
-    for part in SUITES[suites[0]](folder):
+    for part in SUITES[suites[0]](values):
         for result in part(values.rounds):
             print(harness.line(result), flush=True)
             results.append(result)
