@@ -70,8 +70,9 @@ class ModelConfig(Section):
     param_dtype: Dtype = "float32"  # parameters and optimizer state
     compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
     residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype
-    # Mixer: what its backward pass computes again: nothing ("none"), all but matrix products ("dots"), all ("full"), or
-    # all, chunk by chunk from the states between chunks ("time:2048", of 2,048 tokens). Not named: nothing.
+    # Mixer: what its backward pass computes again: nothing ("none"), what lies between matrix products and kernels
+    # ("dots"), all ("full"), or all, chunk by chunk from the states between chunks ("time:2048", of 2,048 tokens). Not
+    # named: nothing.
     remat: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluation": BELOW_MODELS | {"models"},
     "planning": BELOW_MODELS | {"models"},
     "interop": BELOW_MODELS | {"models", "__init__"},
-    "benchmarks": BELOW_MODELS | {"models"},
+    "benchmarks": BELOW_MODELS | {"models", "training", "planning"},
     "cli": BELOW_MODELS
     | {"models", "laws", "training", "evaluation", "planning", "interop", "benchmarks", "data"}
     | {"__init__"},

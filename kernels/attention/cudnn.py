@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from lcx_kernels.attention import triton_gpu
 from lcx_kernels.attention.arguments import Arguments, Static, delta_of
+from lcx_kernels.residuals import named
 from lcx_kernels.varying import vary_alike
 
 LARGEST_WIDTH = 128
@@ -97,4 +98,4 @@ def _backward(static: Static, residuals: tuple, cotangents: tuple):
     return gradients(Arguments(q, k, v, None, None, None, None), static, results[1], d_out, delta)
 
 
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+_attention.defvjp(named(_forward), _backward, symbolic_zeros=True)

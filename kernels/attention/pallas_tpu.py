@@ -20,6 +20,7 @@ import numpy as np
 from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP
 from lcx_kernels.backends import is_interpreted
+from lcx_kernels.residuals import named
 from lcx_kernels.varying import vary_alike, varying_axes
 
 LANES = 128
@@ -166,7 +167,7 @@ def _gradients(plan: Plan, q, k, v, query_segment, key_segment, log_sum_exp, d_o
     return _Splash(plan).backward(q, k, v, query_segment, key_segment, log_sum_exp, d_out, delta)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(named(_forward), _backward)
 
 
 def _meetings(plan: Plan, by_keys: bool) -> tuple[np.ndarray, np.ndarray]:

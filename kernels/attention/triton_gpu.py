@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lcx_kernels.attention import triton_plan
 from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.triton_plan import Launch
+from lcx_kernels.residuals import named
 from lcx_kernels.triton_launch import call, require, vary_as
 from lcx_kernels.varying import vary_alike
 
@@ -65,7 +66,7 @@ def _backward(static, residuals, cotangents):
     return (Arguments(*found, None, None, None, None),)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(named(_forward), _backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:

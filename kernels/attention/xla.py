@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.visibility import NO_KEY_LOG_SUM_EXP, Band, Keys, Queries, band, sides, visible
+from lcx_kernels.residuals import named
 from lcx_kernels.varying import vary_alike
 
 # Runs that a causal triangle is cut into: n runs compute (n + 1) / n of the triangle. A run has two blocks if it can,
@@ -132,7 +133,7 @@ def _gradients(plan: Plan, q, k, v, queries: Queries, keys: Keys, log_sum_exp, d
     return tuple(x.astype(dtype) for x, dtype in zip(found, dtypes, strict=True))
 
 
-_attention.defvjp(_forward_with_residuals, _backward)
+_attention.defvjp(named(_forward_with_residuals), _backward)
 
 
 # One block of queries. c is chunk_size, n the key and value heads, g the query heads of each, s the keys it meets.

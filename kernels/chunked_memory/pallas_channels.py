@@ -29,6 +29,7 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     widened,
 )
 from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.residuals import named
 
 _LONGEST = 128  # tokens of a chunk at most
 _TILES = 4  # of a program
@@ -116,7 +117,7 @@ def _backward(plan: Plan, residuals, cotangents):
     return (_Inputs(document=None, **{name: found.get("d" + name) for name in ("q", "k", "v", "decay", "memory")}),)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 class _Blocks:

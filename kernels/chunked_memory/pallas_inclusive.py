@@ -31,6 +31,7 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     widened,
 )
 from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.residuals import named
 
 _LONGEST = {"linear": 256, "delta_rule": 128}  # tokens of a chunk at most
 _BLOCK = 768 * 2**10  # bytes of a block of values, and of a program's states, at most
@@ -199,7 +200,7 @@ def _backward(plan, residuals, cotangents):
     return (_Inputs(q=of_keys("q"), k=of_keys("k"), document=None, **gradients),)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 class _Blocks:

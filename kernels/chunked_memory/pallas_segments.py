@@ -31,6 +31,7 @@ from lcx_kernels.chunked_memory.pallas_tiles import (
     widened,
 )
 from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.residuals import named
 
 _LONGEST = {2: 512, 4: 256}  # by bytes of an element: tokens of a chunk at most
 _SHORTEST = 64  # where blocks are large
@@ -178,7 +179,7 @@ def _backward(plan, residuals, cotangents):
     return (Inputs(kinds=None, flags=None, **{name: found.get("d" + name) for name in names}),)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 class _Blocks:

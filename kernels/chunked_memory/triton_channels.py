@@ -24,6 +24,7 @@ from lcx_kernels.chunked_memory.triton_plan import (
     programs,
     summed,
 )
+from lcx_kernels.residuals import named
 
 Run = Callable[[Launch], tuple[jax.Array, ...]]
 
@@ -63,7 +64,7 @@ def _backward(run: Run, plan: Plan, residuals, cotangents):
     return gradients, d_state.astype(state.dtype)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 def _states(run: Run, plan: Plan, inputs: Inputs, edge: jax.Array, *, keep: bool, dy: Any = None):

@@ -14,6 +14,7 @@ from lcx_kernels.chunked_memory import triton_channels, triton_plan, triton_segm
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.chunked_memory.triton_plan import Cotangents, Inputs, Launch, Plan
+from lcx_kernels.residuals import named
 from lcx_kernels.triton_launch import call, require, vary_as
 from lcx_kernels.varying import vary_alike
 
@@ -173,7 +174,7 @@ def _added_up(array: jax.Array | None, parts: jax.Array | None, dtype=None) -> j
     return parts.astype(dtype or array.dtype)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -229,7 +230,7 @@ def _delta_backward(plan, residuals, cotangents):
     return gradients, dbeta.astype(beta.dtype), d_state.astype(state.dtype)
 
 
-_delta.defvjp(_delta_forward, _delta_backward)
+_delta.defvjp(named(_delta_forward), _delta_backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:

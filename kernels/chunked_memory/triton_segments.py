@@ -20,6 +20,7 @@ from lcx_kernels.chunked_memory import triton_plan
 from lcx_kernels.chunked_memory.arguments import Arguments
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.chunked_memory.triton_plan import Segments
+from lcx_kernels.residuals import named
 
 F32 = jnp.float32
 
@@ -139,7 +140,7 @@ def _sums_backward(run, plan, heads, vectors, residuals, cotangents):
     return _added_up(x, dx), _added_up(y, dy), d_weight, None
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_sums.defvjp(named(_sums_forward), _sums_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -161,7 +162,7 @@ def _denominators_backward(run, plan, heads, residuals, slope):
     return _added_up(k, dk), run(launch)[1].sum(axis=3), None
 
 
-_denominators.defvjp(_denominators_forward, _denominators_backward)
+_denominators.defvjp(named(_denominators_forward), _denominators_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -194,7 +195,7 @@ def _reads_backward(run, plan, lanes, dtype, residuals, dy):
     return _added_up(q, dq), matrices.sum(axis=3), d_normalizers, None
 
 
-_reads.defvjp(_reads_forward, _reads_backward)
+_reads.defvjp(named(_reads_forward), _reads_backward)
 
 
 def _added_up(array: jax.Array, parts: jax.Array) -> jax.Array:

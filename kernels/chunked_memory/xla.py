@@ -18,6 +18,7 @@ from lcx_kernels.chunked_memory import isolation, xla_chunks, xla_segments
 from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.isolation import Marks, Tokens
 from lcx_kernels.chunked_memory.state import SegmentState
+from lcx_kernels.residuals import named
 from lcx_kernels.varying import vary_alike
 
 # Tokens of a chunk at most, a power of two: pairs cost a token chunk * (K + V), states between chunks K * V / chunk.
@@ -162,7 +163,7 @@ def _backward(plan: Plan, residuals, cotangents):
     return gradients, jax.tree.map(lambda mark: None, marks), d_state
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 def _over_blocks(block, carry, plan: Plan, time: int, borders: SegmentState | None = None):

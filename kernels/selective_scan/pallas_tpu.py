@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lcx_kernels.backends import is_interpreted
+from lcx_kernels.residuals import named
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.varying import vary_alike, varying_axes, varying_struct
 
@@ -150,7 +151,7 @@ def _backward(plan, residuals, cotangents):
     return (Arguments(**gradients, **missing),)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 def _to_rows(plan: _Plan, state: jax.Array) -> jax.Array:

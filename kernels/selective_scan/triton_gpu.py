@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lcx_kernels.residuals import named
 from lcx_kernels.selective_scan import triton_plan
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.selective_scan.triton_plan import Inputs, Launch, Plan
@@ -49,7 +50,7 @@ def _backward(plan, dt_softplus, residuals, cotangents):
     return (Inputs(*map(as_given, inputs, gradients)),)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)
 
 
 def run(launch: Launch) -> tuple[jax.Array, ...]:

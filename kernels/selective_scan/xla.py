@@ -21,6 +21,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lcx_kernels.residuals import named
+
 # A chunk's recomputed states should stay in the cache; one state per chunk stays in memory until the backward pass.
 _CHUNK_SIZE = 16
 
@@ -186,4 +188,4 @@ def _backward(chunk_size, residuals, cotangents):
     return dx, ddt, dA, dB, dC, g, None
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(named(_forward), _backward)

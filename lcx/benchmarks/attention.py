@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.benchmarks.harness import Result, Timing, ratio, take_turns, temporaries
+from lcx.benchmarks.harness import Result, ratio, seconds_of, take_turns, temporaries
 from lcx_kernels.attention import attention
 
 HEADS, WIDTH = 4, 64
@@ -54,7 +54,7 @@ def cpu_results(rounds: int) -> list[Result]:
     speedup = ratio(timings["jax.nn"], timings["ours"])
     shape = f"attention, B=2 T=1024 H={HEADS} K={WIDTH} float32, forward and backward"
     results = [
-        Result(f"{shape}, over jax.nn: throughput", speedup, "x", "at least 3", bool(speedup >= 3), details(timings))
+        Result(f"{shape}, over jax.nn: throughput", speedup, "x", "at least 3", bool(speedup >= 3), seconds_of(timings))
     ]
     if torch_call is not None:
         times = ratio(timings["ours"], timings["torch"])
@@ -69,7 +69,7 @@ def window_results(rounds: int) -> list[Result]:
     timings = take_turns(lengths, rounds)
     growth = ratio(timings[f"T={LONG}"], timings[f"T={SHORT}"])
     name = f"attention, B=1 H={HEADS} K={WIDTH} window {WINDOW}: time at T={LONG:,} over T={SHORT:,}"
-    results = [Result(name, growth, "x", "at most 5.2", bool(growth <= 5.2), details(timings))]
+    results = [Result(name, growth, "x", "at most 5.2", bool(growth <= 5.2), seconds_of(timings))]
     for window in (None, WINDOW):
         used = []
         for time in (SHORT, LONG):
@@ -122,12 +122,5 @@ def gpu_results(rounds: int) -> list[Result]:
                 case = f"K={width} B={batch} T={time:,}" + (f" window {window}" if window else "")
                 case += f" {documents} documents" if documents else ""
                 speed = flops / timing.median / 1e12
-                results.append(Result(f"attention by {name}, {case}", speed, "TFLOP/s", details=details(timings)))
+                results.append(Result(f"attention by {name}, {case}", speed, "TFLOP/s", details=seconds_of(timings)))
     return results
-
-
-def details(timings: dict[str, Timing]) -> dict[str, float]:
-    """Seconds of the contestants, and how much they varied."""
-    return {f"{name}_seconds": timing.median for name, timing in timings.items()} | {
-        f"{name}_spread": timing.spread for name, timing in timings.items()
-    }

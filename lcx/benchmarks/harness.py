@@ -66,6 +66,13 @@ def ratio(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True))
 
 
+def seconds_of(timings: Mapping[str, Timing], tokens: int = 0) -> dict[str, float]:
+    """The details of a result: seconds of the contestants, how much they varied, their tokens/s of `tokens` a call."""
+    found = {f"{name}_seconds": timing.median for name, timing in timings.items()}
+    found |= {f"{name}_spread": timing.spread for name, timing in timings.items()}
+    return found | ({f"{name}_tokens_per_second": tokens / t.median for name, t in timings.items()} if tokens else {})
+
+
 def temporaries(function: Callable, *arguments: Any) -> int:
     """Bytes of temporaries of the compiled function; arguments may be ShapeDtypeStructs."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
@@ -82,6 +89,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def line(result: Result) -> str:
+    """A result in a line, for people who wait."""
+    holds = {None: "", True: "", False: "  NOT HELD"}[result.holds]
+    wanted = f" (wanted: {result.wanted})" if result.wanted else ""
+    return f"{result.name}: {result.value:,.3g} {result.unit}{wanted}{holds}"
 
 
 def markdown(title: str, results: Sequence[Result]) -> str:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.benchmarks.harness import Result, Timing, ratio, take_turns, temporaries
+from lcx.benchmarks.harness import Result, ratio, seconds_of, take_turns, temporaries
 from lcx_kernels.selective_scan import selective_scan
 
 CHANNELS, STATE = 512, 16
@@ -66,7 +66,7 @@ def scan_results(rounds: int) -> list[Result]:
             "x",
             "at least 3.5",
             speedup >= 3.5,
-            _details(timings) | {"ours": rate(timings["ours"], 2048)},
+            seconds_of(timings) | {"ours": rate(timings["ours"], 2048)},
         ),
         Result("the same: temporaries", memory, "x", "below 1/20", memory < 1 / 20),
         Result(
@@ -75,7 +75,7 @@ def scan_results(rounds: int) -> list[Result]:
             "x",
             "at least 0.65",
             long_share >= 0.65,
-            _details(lengths) | {name: rate(timing, 16_384) for name, timing in lengths.items()},
+            seconds_of(lengths) | {name: rate(timing, 16_384) for name, timing in lengths.items()},
         ),
         Result(
             "the same with 511 channels for B=1",
@@ -93,9 +93,3 @@ def scan_results(rounds: int) -> list[Result]:
             {"bytes_a_token": per_token},
         ),
     ]
-
-
-def _details(timings: dict[str, Timing]) -> dict:
-    return {f"{name}_seconds": timing.median for name, timing in timings.items()} | {
-        f"{name}_spread": timing.spread for name, timing in timings.items()
-    }

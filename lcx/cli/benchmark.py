@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 from etils import epath
 
@@ -9,14 +12,19 @@ from lcx.cli.flags import Flag, parse
 from lcx.errors import UserError, suggest
 from lcx.files import write_bytes, write_json
 
-SUMMARY = "Times lcx beside its alternatives in one run: lcx benchmark kernels. Machines are noisy: trust the ratios."
+SUMMARY = (
+    "Times lcx beside its alternatives in one run: lcx benchmark kernels (or train, decode, scaling, compile, "
+    "hardware). Machines are noisy: trust the ratios."
+)
 FLAGS = [
     Flag("rounds", "how often each contestant takes its turn", kind=int, default=15, limits={"lower_bound": 1}),
+    Flag("easydel", "train: a Python that has EasyDeL, which is then timed too (it needs other versions than lcx)"),
     Flag("out", "a folder for the report as JSON and Markdown; nothing is written without it"),
 ]
+Parts = tuple[Callable[[int], list], ...]  # each makes results of a number of rounds
 
 
-def _kernels() -> tuple[Callable[[int], list], ...]:
+def _kernels(_: Any) -> Parts:
     from lcx.benchmarks.attention import attention_results  # takes seconds: JAX
     from lcx.benchmarks.kernels import scan_results
     from lcx.benchmarks.memory import memory_results
@@ -24,7 +32,62 @@ def _kernels() -> tuple[Callable[[int], list], ...]:
     return scan_results, attention_results, memory_results
 
 
-SUITES = {"kernels": _kernels}  # each gives its parts, which make results of a number of rounds
+def _train(values: Any) -> Parts:
+    from lcx.benchmarks.overhead import EVERY, overhead_results
+    from lcx.benchmarks.rates import rate_results
+    from lcx.benchmarks.train import train_results
+    from lcx.cli.run import run
+    from lcx.config import Config, load_config
+
+    def overhead(rounds: int) -> list:
+        config = load_config("configs/quickstart.py")
+        config.train.steps = (rounds + 1) * EVERY
+        config.checkpoint.every = config.evaluation.every = EVERY
+        return overhead_results(partial(run, finish=False), Config.from_dict(config), rounds)
+
+    return partial(train_results, easydel=values.easydel), rate_results, overhead
+
+
+def _decode(_: Any) -> Parts:
+    from lcx.benchmarks.decode import decode_results
+
+    return (decode_results,)
+
+
+def _scaling(_: Any) -> Parts:
+    from lcx.benchmarks.scaling import scaling_results
+
+    return (scaling_results,)
+
+
+def _compile(_: Any) -> Parts:
+    from lcx.benchmarks.startup import startup_results
+
+    return (startup_results,)
+
+
+def _hardware(values: Any) -> Parts:
+    import jax
+
+    from lcx.benchmarks.hardware import hardware_results
+    from lcx.config import Config, load_config
+
+    small = jax.default_backend() == "cpu"
+    config = load_config("configs/samba.py:size=tiny,sequence_length=64" if small else "configs/samba.py:size=421m")
+    config.train.batch_size = 2 if small else 4
+    profile = None if values.out is None else f"{values.out}/profile"
+    return (partial(hardware_results, Config.from_dict(config), profile),)
+
+
+# Each takes the values of the flags, and gives its parts.
+SUITES = {
+    "kernels": _kernels,
+    "train": _train,
+    "decode": _decode,
+    "scaling": _scaling,
+    "compile": _compile,
+    "hardware": _hardware,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,14 +100,18 @@ def main(argv: Sequence[str]) -> int:
     folder = None if values.out is None else _folder(values.out)  # before minutes are spent
     from lcx.benchmarks import harness
 
-    results = [result for part in SUITES[suites[0]]() for result in part(values.rounds)]
+    results = []
+    for part in SUITES[suites[0]](values):
+        for result in part(values.rounds):
+            print(harness.line(result), flush=True)
+            results.append(result)
     report = harness.markdown(suites[0], results)
-    print(report)
+    print(f"\n{report}")
     for result in results:
         if result.details:
             print(f"{result.name}: {json.dumps(result.details)}")
     if folder is not None:
-        record = {"machine": harness.machine(), "results": [vars(result) for result in results]}
+        record = {"machine": harness.machine(), "results": [asdict(result) for result in results]}
         write_json(folder / f"{suites[0]}.json", record)
         write_bytes(folder / f"{suites[0]}.md", report.encode())
     return 0

@@ -14,9 +14,13 @@ from lcx.config import remat_chunk
 from lcx.errors import UserError
 from lcx.mixers import Context
 from lcx.parallel.sharding import constrain
+from lcx_kernels.residuals import KERNEL
 
 POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KERNEL),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 AXES = ("batch", "time", None)
@@ -29,9 +33,9 @@ def rematerialize(run: Run, policy: str, init_state: Callable[[int, int], dict])
 
     Args:
       run: a layer.
-      policy: a value of `ModelConfig.remat`: "none" keeps everything, "dots" matrix products, "full" nothing but the
-        input; "time:TOKENS" takes the sequence by chunks, one after the other, and keeps the states between them, so
-        that what is in between exists for one chunk at a time.
+      policy: a value of `ModelConfig.remat`: "none" keeps everything, "dots" what matrix products and kernels give,
+        "full" nothing but the input; "time:TOKENS" takes the sequence by chunks, one after the other, and keeps the
+        states between them, so that what is in between exists for one chunk at a time.
       init_state: (batch size, tokens) to an empty state of the layer, whose size does not grow with the tokens.
     """
     if policy == "none":

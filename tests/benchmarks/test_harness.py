@@ -39,7 +39,7 @@ def test_the_report_says_what_does_not_hold():
 
 def test_the_verb_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     part = lambda rounds: [Result("a", float(rounds), "x", details={"s": 1.0})]  # noqa: E731
-    monkeypatch.setitem(benchmark.SUITES, "kernels", lambda: [part])
+    monkeypatch.setitem(benchmark.SUITES, "kernels", lambda values: [part])
     assert main(["benchmark", "kernels", "--rounds=4", f"--out={tmp_path}/report"]) == 0
     assert "| a | 4 x |" in capsys.readouterr().out
     record = json.loads((tmp_path / "report" / "kernels.json").read_text())
@@ -48,7 +48,7 @@ def test_the_verb_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
 
 
 def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.SUITES, "kernels", lambda: [])
+    monkeypatch.setitem(benchmark.SUITES, "kernels", lambda values: [])
     (tmp_path / "file").write_text("")
     assert main(["benchmark", "kernels", f"--out={tmp_path}/file"]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from lcx import laws
 from lcx.benchmarks.memory import layer_temporaries
@@ -15,6 +16,8 @@ from lcx.laws.measure import together
 from lcx.mixers import Context, Mixer
 from lcx.models import LanguageModel
 from lcx.models.remat import check_time_remat, rematerialize
+from lcx.params import split
+from lcx_kernels.residuals import KERNEL
 
 TIME = 16
 HEADS = {"num_heads": 4, "num_kv_heads": 2}
@@ -50,6 +53,29 @@ def test_nothing_but_memory_changes():
     """Chunks of 5 of 16 tokens, and one that is left over."""
     found = compare("mamba", {"mamba": 5})
     assert found.value < 1e-9, found
+
+
+@pytest.mark.parametrize("pattern", ["infini", "mamba", "mamba2", "swa", "full"])
+def test_kernels_run_again_under_full_alone(pattern):
+    """Counted in the traced gradient: each run of a kernel's forward pass names those of its results that are used."""
+
+    def runs(**remat: str) -> int:
+        graphdef, params = split(nnx.eval_shape(lambda: LanguageModel(model(pattern, "float32", **remat), nnx.Rngs(0))))
+        loss = lambda params, tokens: jnp.sum(nnx.merge(graphdef, params)(tokens)[0])  # noqa: E731
+        tokens = jax.ShapeDtypeStruct((1, TIME), jnp.int32)
+        return named_results(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr)
+
+    once = runs()
+    assert 0 < once == runs(**{pattern: "dots"}) < runs(**{pattern: "full"})
+
+
+def named_results(jaxpr) -> int:
+    """How many results are named as a kernel's, in a traced program and all that it calls."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "name" and equation.params["name"] == KERNEL
+        count += sum(map(named_results, jaxprs_in_params(equation.params)))
+    return count
 
 
 @pytest.mark.slow
