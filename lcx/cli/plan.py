@@ -19,6 +19,7 @@ from lcx.files import write_json
 if TYPE_CHECKING:
     from lcx.planning.hardware import Hardware
     from lcx.planning.plan import Compiled, Plan
+    from lcx.training.trainer import Program
 
 SUMMARY = """\
 Compiles the train step of a config for hardware that need not be here, with that hardware's own compiler, and says
@@ -102,17 +103,28 @@ def plan_config(config: Config, hardware: "Hardware", say: Callable[[str], None]
         program = make_program(config, mesh)
         size = lambda tree: sum(map(device_bytes, jax.tree.leaves(tree)))  # noqa: E731
         state = program.abstract
-        compiled = compile_step(program, hardware, size(state))
+        compiled = compile_step(program, hardware, size(state) + batch_bytes(program))
         bytes_of = {"parameters": size(state.params), "optimizer": size(state.opt_state)}
         plan = make_plan(program.config, hardware, dict(mesh.shape), compiled, bytes_of)
     plan.notes.extend(notes)
     return plan
 
 
-def compile_step(program, hardware: "Hardware", state: int) -> "Compiled":
+def batch_bytes(program: "Program") -> int:
+    """Bytes of a batch on one device."""
+    train = program.config.train
+    shapes = {1: (train.batch_size,), 2: (train.batch_size, train.sequence_length)}
+    pieces = [sharding.shard_shape(shapes[len(sharding.spec)]) for sharding in program.batch_shardings.values()]
+    return 4 * sum(map(math.prod, pieces))
+
+
+def compile_step(program: "Program", hardware: "Hardware", arguments: int) -> "Compiled":
     """Compiles a program's train step; one that does not fit is a result as well.
 
-    program: of lcx.training.trainer, its mesh of the hardware's devices. state: bytes of it on one device.
+    Args:
+      program: its mesh is of the hardware's devices.
+      hardware: what for.
+      arguments: bytes on one device, by their shapes.
     """
     import jax
 
@@ -129,12 +141,12 @@ def compile_step(program, hardware: "Hardware", state: int) -> "Compiled":
         if used is None:
             raise
         needed = int(float(used[1]) * _UNITS[used[2]])
-        return Compiled(None, state, None, 0, needed, time.perf_counter() - start)
+        return Compiled(None, arguments, arguments, None, 0, needed, time.perf_counter() - start)
     sizes = done.memory_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    needed, seconds = arguments + temporaries + outputs, time.perf_counter() - start
-    return Compiled(done.as_text(), arguments, temporaries, outputs, needed, seconds)
+    compiled, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    needed, seconds = compiled + temporaries + outputs, time.perf_counter() - start
+    return Compiled(done.as_text(), arguments, compiled, temporaries, outputs, needed, seconds)
 
 
 def for_hardware(config: Config, hardware: "Hardware") -> tuple[Config, list[str]]:

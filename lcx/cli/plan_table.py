@@ -86,7 +86,7 @@ def _wire(plan: Plan) -> list[str]:
 
 
 def _estimate(plan: Plan) -> list[str]:
-    compiled = f"compiled in {plan.seconds_to_compile:.0f} s"
+    compiled = f"compiled in {plan.compiled.seconds:.0f} s"
     if not plan.seconds:
         return (
             [f"no estimate of time: no rates are known of {plan.hardware.kind}; {compiled}"]

@@ -18,6 +18,8 @@ from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
 from lcx.parallel import processes
 from lcx.params import count_parameters
+from lcx.planning import mfu
+from lcx.planning.hardware import peak_flops
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import interrupted, run_interruptible
 from lcx.training.telemetry import Silence, Telemetry
@@ -55,6 +57,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
                 telemetry=lambda step: report(config, folder, step),
                 batches=lambda data_index: data.read_ahead(config, data_index, rows),
                 evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
+                mfu=Utilisation(),
             )
         finally:
             checkpoints.close()
@@ -90,6 +93,23 @@ def describe(programs: Sequence[Program], corpus: data.Corpus, folder: Workdir) 
         f"{len(corpus.heldout):,} documents, {corpus.heldout.tokens.size:,} tokens\n"
         f"workdir: {folder.path}; compiling (seconds to minutes, kept for the next time)"
     )
+
+
+class Utilisation:
+    """The model FLOPs utilisation of a run at some speed; None where a mixer or the chip's peak is not known."""
+
+    def __init__(self):
+        self._flops: dict[int, int | None] = {}  # of a document as long as the rows, by stage
+
+    def __call__(self, program: Program, tokens_per_second: float) -> float | None:
+        model = program.blueprint.model(program.blueprint.shapes)
+        peak = peak_flops(program.mesh.devices.flat[0].device_kind, str(model.compute_dtype))
+        if peak is None:
+            return None
+        stage, tokens = program.stage.number, program.config.train.sequence_length
+        if stage not in self._flops:
+            self._flops[stage] = model.flops(tokens)
+        return mfu(self._flops[stage], tokens, tokens_per_second, program.mesh.size, peak)
 
 
 class HeldOut:

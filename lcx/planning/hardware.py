@@ -38,13 +38,13 @@ class Chip:
     network: float
 
 
-# TPU: "System architecture" on the pages of Cloud TPU's documentation for v5e, v5p and v6e (matrix units in bfloat16,
+# TPU: "System architecture" on the pages of Cloud TPU's documentation for v5e, v5p and v6e: matrix units in bfloat16,
 # which is also what float32 is multiplied in at JAX's default precision; HBM; bidirectional ICI of 400, 1200 and 800
-# GB/s a chip over 4, 6 and 4 ports; network of a host over its chips). Of 16, 95 and 32 GiB a program gets what libtpu
-# leaves: 15.75, 95.74 less what it keeps, 31.25; the compiler itself says where a program does not fit. Vector units are
-# not published as a rate: 8 x 128 lanes of 4 units a core, by the clock that the matrix rate implies (1.5 and 1.75 GHz).
-# GPU: NVIDIA's data sheets of H100 SXM and H200 SXM (dense rates: half of what is given with sparsity; float32 is
-# multiplied as TF32), NVLink of 900 GB/s both ways, a 400 Gb/s adapter a GPU as in a DGX H100.
+# GB/s a chip over 4, 6 and 4 ports, of which one axis has two; network of a host over its chips. Of 16, 95 and 32 GiB a
+# program gets what libtpu leaves, and the compiler refuses what does not fit. Vector units are not published as a rate:
+# 8 x 128 lanes of 4 units a core, by the clock that the matrix rate implies (1.5 GHz, and 1.75 for v5p and v6e).
+# GPU: NVIDIA's data sheets of H100 SXM and H200 SXM: dense rates, half of what is given with sparsity; float32 is
+# multiplied as TF32; NVLink of 900 GB/s both ways; a 400 Gb/s adapter a GPU, as in a DGX H100.
 GIB, HOPPER = 2**30, {"bfloat16": 989.4e12, "float32": 494.7e12}
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(

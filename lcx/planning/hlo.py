@@ -12,6 +12,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _TRIPS = re.compile(r'known_trip_count"?\s*:\s*\{"?n"?\s*:\s*"?(\d+)')
+_ORDER = r"(\[[\d,]+\](?:T\([\d,]+\))?|[\d,]+)"  # of devices: see `_order`
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a memory space that is not the device's main memory
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -157,20 +158,26 @@ def groups_of(one: Instruction, devices: int) -> list[list[int]]:
         return [[int(source), int(target)] for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return [[int(device) for device in found[1].split(",") if device]]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        groups, shape = _numbers(found[1]), _numbers(found[2])
-        order = np.arange(math.prod(shape)).reshape(shape)
-        order = order.transpose(_numbers(found[3])) if found[3] else order
-        return order.reshape(groups)[:1].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\[?\(?([\d,]*)\)?\]?)? \{([^}]*)\}", text):
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_ORDER}", text):
+        return _order(found[2]).reshape(_numbers(found[1]))[:1].tolist()
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}", text):
         return [_group_of_mesh(found[1], found[2], found[3])]
     return [list(range(devices))] if "replica_groups={}" in text else []
 
 
-def _group_of_mesh(axes: str, ids: str | None, named: str) -> list[int]:
+def _order(text: str) -> np.ndarray:
+    """Devices in the order of "[2,4]", or of "[2,4]T(1,0)", its transpose, or as they are listed, "0,2,1,3"."""
+    if not text.startswith("["):
+        return np.array(_numbers(text))
+    shape, _, transposed = text[1:].partition("]")
+    order = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return order.transpose(_numbers(transposed[2:-1])) if transposed else order
+
+
+def _group_of_mesh(axes: str, devices: str | None, named: str) -> list[int]:
     """The first group of "'a'=8,'b'=8" cut along "'a'", or along a part of an axis, "'a':(1)2"."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    order = np.array(_numbers(ids)) if ids else np.arange(math.prod(sizes.values()))
+    order = _order(devices) if devices else np.arange(math.prod(sizes.values()))
     order = order.reshape(list(sizes.values()))
     index: list = [0] * len(sizes)
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named):

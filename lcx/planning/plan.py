@@ -43,11 +43,14 @@ class Compiled:
 
     Attributes:
       text: the program; None where it does not fit into the device's memory, which the compiler then says.
-      arguments, temporaries, outputs: bytes on one device; outputs without those that take an argument's place.
+      expected: bytes of the arguments on one device, by their shapes and shardings.
+      arguments, temporaries, outputs: the same and others as compiled; outputs without those that take an argument's
+        place.
       needed: all bytes that the compiler says the program needs.
     """
 
     text: str | None
+    expected: int
     arguments: int
     temporaries: int | None
     outputs: int
@@ -66,7 +69,7 @@ class Plan:
     flops: Mapping[str, int | None]  # forward, of a whole batch, by kind of layer
     count: Count | None
     times: Mapping[str, Times] | None
-    seconds_to_compile: float
+    compiled: Compiled
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -111,11 +114,12 @@ class Plan:
             "sequence_length": self.config.train.sequence_length,
             "remat": dict(self.config.model.remat),
             "bytes_per_device": asdict(self.memory),
+            "argument_bytes": {"by_shapes": self.compiled.expected, "compiled": self.compiled.arguments},
             "model_flops": self._flops(),
             "wire": self._wire(),
             "layers": {kind: asdict(times) | {"bound": times.bound} for kind, times in (self.times or {}).items()},
             "estimate": self._estimate(),
-            "compile_seconds": round(self.seconds_to_compile, 1),
+            "compile_seconds": round(self.compiled.seconds, 1),
             "notes": self.notes,
         }
 
@@ -171,7 +175,7 @@ def make_plan(
         if dtype in hardware.chip.matrix:
             times = layer_times(count, flops, vector, config.model.remat, hardware, dtype)
     memory = split_memory(compiled, state, count)
-    return Plan(hardware, mesh, config, memory, flops, count, times, compiled.seconds, notes)
+    return Plan(hardware, mesh, config, memory, flops, count, times, compiled, notes)
 
 
 def split_memory(compiled: Compiled, state: Mapping[str, int], count: Count | None) -> Memory:
