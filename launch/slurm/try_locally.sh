@@ -96,7 +96,7 @@ export LCX_DEVICE=cpu LCX_PYTHON=${LCX_PYTHON:-python}
 export JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo XLA_FLAGS=--xla_force_host_platform_device_count=2
 job=$(sbatch --parsable --ntasks=2 --ntasks-per-node=2 --gpus-per-node=0 --time=30 --output="$folder/job.log" \
   launch/slurm/one_node.sbatch --config=configs/samba.py:size=tiny,sequence_length=64 --workdir="$folder/run" \
-  --config.model.periods=1 --config.train.batch_size=4 --config.train.steps=400 --config.mesh.data=4 \
+  --config.model.periods=1 --config.train.batch_size=4 --config.train.steps=200 --config.mesh.data=4 \
   --config.logging.every=1 --config.logging.tensorboard=false --config.evaluation.max_rows=4)
 echo "job $job"
 wait_for 300 "the first ten steps" at_step 10
@@ -105,5 +105,5 @@ wait_for 120 "the requeueing" requeued
 echo "saved and requeued after step $(tail -n 1 "$folder/run/metrics.jsonl" | sed 's/.*"step": \([0-9]*\),.*/\1/')"
 scontrol release "$job" 2>/dev/null || true
 wait_for 600 "the end" state_is COMPLETED
-at_step 400
+at_step 200
 echo "passed: two tasks found each other, one signal saved the run, exit code 75 requeued it, and it went on to its end"

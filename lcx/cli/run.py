@@ -1,15 +1,19 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from lcx import __version__, data
+import lcx
+import lcx_kernels
+from lcx import data
 from lcx.config import Config
 from lcx.evaluation.bigram import bigram_bits_per_byte
 from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
@@ -39,7 +43,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     use_compilation_cache()
     programs = make_programs(config)
     corpus = data.check_data(config)
-    processes.check_same({"version of lcx": __version__, "config": config.to_dict(), "data": corpus.fingerprint})
+    processes.check_same({"code of lcx": code_fingerprint(), "config": config.to_dict(), "data": corpus.fingerprint})
     with ExitStack() as stack:
         lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
         processes.on_first(lambda: stack.enter_context(lock) and None)
@@ -71,6 +75,17 @@ def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:
         return Silence()
     tensorboard = folder.tensorboard if config.logging.tensorboard else None
     return Telemetry(folder.metrics, config.train.steps, step, tensorboard)
+
+
+def code_fingerprint(packages: Sequence[ModuleType] = (lcx, lcx_kernels)) -> str:
+    """SHA-256 of the packages' sources: two checkouts of one version may differ, and their numbers with them."""
+    digest = hashlib.sha256()
+    for package in packages:
+        folder = Path(package.__file__ or "").parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def use_compilation_cache() -> None:

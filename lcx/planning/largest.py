@@ -8,7 +8,7 @@ from lcx.planning.plan import Plan
 FIELDS = ("batch_size", "sequence_length")
 PROPORTION = "in proportion to the tokens, from one compiled program; compile it (--largest) before you rely on it"
 COMPILED = "a line through two compiled programs, and the result compiled"
-MOST_TRIES = 4  # compilations after the line is drawn
+MOST_COMPILED = 4  # besides the plan itself
 
 
 def in_proportion(plan: Plan, unit: Mapping[str, int]) -> dict[str, Any]:
@@ -37,33 +37,33 @@ def by_compiling(plan: Plan, unit: Mapping[str, int], compiled: Callable[..., Pl
 
 
 def _largest(plan: Plan, name: str, unit: int, compiled: Callable[..., Plan]) -> int | None:
-    """The largest value of one field that was compiled and fits; None where not even one unit does."""
-    value = getattr(plan.config.train, name)
-    points = {value: plan}
-    other = 2 * value if plan.fits else max(_down(value / 2, unit), unit)
-    for _ in range(MOST_TRIES):
-        if other not in points:
-            points[other] = compiled(**{name: other})
-        other = _next(points, unit)
-        if other is None:
+    """The largest value of one field that was compiled and fits; None where nothing did."""
+    points = {getattr(plan.config.train, name): plan}
+    for _ in range(MOST_COMPILED):
+        value = _next(points, unit, plan.hardware.memory)
+        if value is None:
             break
+        points[value] = compiled(**{name: value})
     return max((value for value, plan in points.items() if plan.fits), default=None)
 
 
-def _next(points: Mapping[int, Plan], unit: int) -> int | None:
-    """What to compile next: where the line through the two largest programs meets the memory, between what fits and
-    what does not."""
-    fitting = [value for value, plan in points.items() if plan.fits]
-    failing = [value for value, plan in points.items() if not plan.fits]
-    (x0, y0), (x1, y1) = sorted((value, plan.memory.total) for value, plan in points.items())[-2:]
-    slope = (y1 - y0) / (x1 - x0)
-    memory = next(iter(points.values())).hardware.memory
-    guess = _down(x0 + (memory - y0) / slope, unit) if slope > 0 else 2 * x1
-    low, high = max(fitting, default=0), min(failing, default=None)
-    guess = max(guess, low)
+def _next(points: Mapping[int, Plan], unit: int, memory: float) -> int | None:
+    """What to compile next, between what fits and what does not: where the line through the two programs that are
+    nearest to the device's memory meets it. None where that is no more than what fits already."""
+    low = max((value for value, plan in points.items() if plan.fits), default=0)
+    high = min((value for value, plan in points.items() if not plan.fits), default=None)
+    if len(points) == 1:
+        guess = 2 * low if low else max(_down(high / 2, unit), unit)
+    else:
+        near = sorted(points, key=lambda value: abs(points[value].memory.total - memory))[:2]
+        (x0, y0), (x1, y1) = ((value, points[value].memory.total) for value in near)
+        slope = (y1 - y0) / (x1 - x0)
+        guess = _down(x0 + (memory - y0) / slope, unit) if slope > 0 else low
     if high is not None:
-        guess = min(guess, high - unit)
-    return guess if guess > low else None
+        guess = min(guess, _down(high - 1, unit))
+    if not low:
+        guess = max(guess, unit)
+    return guess if guess > low and guess not in points else None
 
 
 def _down(value: float, unit: int) -> int:
