@@ -33,7 +33,11 @@ FLAGS = [
     Flag("search", "compiles the most promising meshes and remat policies, and ranks them", bool, False),
     Flag("largest", "finds the largest batch and sequence by compiling them, some minutes each", bool, False),
 ]
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
+# What a compiler says of a program that does not fit: all bytes, or those besides the arguments.
+_TOO_LARGE = re.compile(
+    r"(?P<all>[Uu]sed (?P<used>[\d.]+)(?P<u>[KMGT]?)i?B? of [^.]*hbm)"
+    r"|required for HLO temporaries \((?P<working>[\d.]+)(?P<w>[KMGT]?)i?B?\) exceeds available HBM"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -137,16 +141,28 @@ def compile_step(program: "Program", hardware: "Hardware", arguments: int) -> "C
     try:
         done = lowered.compile(compiler_options=dict(COMPILER_OPTIONS[hardware.platform]))
     except jax.errors.JaxRuntimeError as error:
-        used = _USED.search(str(error))
-        if used is None:
+        needed = bytes_needed(str(error), arguments)
+        if needed is None:
             raise
-        needed = int(float(used[1]) * _UNITS[used[2]])
         return Compiled(None, arguments, arguments, None, 0, needed, time.perf_counter() - start)
     sizes = done.memory_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     compiled, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     needed, seconds = compiled + temporaries + outputs, time.perf_counter() - start
     return Compiled(done.as_text(), arguments, compiled, temporaries, outputs, needed, seconds)
+
+
+def bytes_needed(refusal: str, arguments: int) -> int | None:
+    """Bytes that a program needs of a device, as the compiler that refuses it says; None where it says another thing.
+
+    arguments: bytes of those, which it may leave out.
+    """
+    found = _TOO_LARGE.search(refusal)
+    if found is None:
+        return None
+    if found["all"]:
+        return int(float(found["used"]) * _UNITS[found["u"]])
+    return arguments + int(float(found["working"]) * _UNITS[found["w"]])
 
 
 def for_hardware(config: Config, hardware: "Hardware") -> tuple[Config, list[str]]:

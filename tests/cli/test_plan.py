@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from lcx.cli.main import main
+from lcx.cli.plan import bytes_needed
 
 FAMILIES = ["transformer", "mamba", "mamba2", "samba", "infini", "sink"]
 SMALL = ["train.sequence_length=64", "model.d_model=64", "model.periods=2", "train.batch_size=8"]
@@ -105,6 +106,26 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["plan", "--config=configs/samba.py", "--hardware=cpu:8", f"--workdir={tmp_path / 'file' / 'w'}"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "refusal, expected",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded",
+            20.5 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.90G) exceeds "
+            "available HBM (15.75G).",
+            16.9 * 2**30 + 1000,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.50M of 16.00M vmem.", None),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", None),
+    ],
+)
+def test_what_a_compiler_says_of_a_program_that_does_not_fit(refusal, expected):
+    assert bytes_needed(refusal, 1000) == (expected and int(expected))
 
 
 def test_devices_are_left_as_they_are():
