@@ -35,7 +35,7 @@ FLAGS = [
 ]
 # What a compiler says of a program that does not fit: all bytes, or those besides the arguments.
 _TOO_LARGE = re.compile(
-    r"(?P<all>[Uu]sed (?P<used>[\d.]+)(?P<u>[KMGT]?)i?B? of [^.]*hbm)"
+    r"(?P<all>[Uu]sed (?P<used>[\d.]+)(?P<u>[KMGT]?)i?B? of [\d.]+\w* hbm)"
     r"|required for HLO temporaries \((?P<working>[\d.]+)(?P<w>[KMGT]?)i?B?\) exceeds available HBM"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

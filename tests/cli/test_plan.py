@@ -116,8 +116,8 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
             20.5 * 2**30,
         ),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.90G) exceeds "
-            "available HBM (15.75G).",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.90G) "
+            "exceeds available HBM (15.75G).",
             16.9 * 2**30 + 1000,
         ),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.50M of 16.00M vmem.", None),
