@@ -1,15 +1,19 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from lcx import __version__, data
+import lcx
+import lcx_kernels
+from lcx import data
 from lcx.config import Config
 from lcx.evaluation.bigram import bigram_bits_per_byte
 from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
@@ -18,6 +22,8 @@ from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
 from lcx.parallel import processes
 from lcx.params import count_parameters
+from lcx.planning import mfu
+from lcx.planning.hardware import peak_flops
 from lcx.training.checkpointing import Checkpoints
 from lcx.training.preemption import interrupted, run_interruptible
 from lcx.training.telemetry import Silence, Telemetry
@@ -37,7 +43,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
     use_compilation_cache()
     programs = make_programs(config)
     corpus = data.check_data(config)
-    processes.check_same({"version of lcx": __version__, "config": config.to_dict(), "data": corpus.fingerprint})
+    processes.check_same({"code of lcx": code_fingerprint(), "config": config.to_dict(), "data": corpus.fingerprint})
     with ExitStack() as stack:
         lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
         processes.on_first(lambda: stack.enter_context(lock) and None)
@@ -55,6 +61,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
                 telemetry=lambda step: report(config, folder, step),
                 batches=lambda data_index: data.read_ahead(config, data_index, rows),
                 evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
+                mfu=Utilisation(),
             )
         finally:
             checkpoints.close()
@@ -68,6 +75,17 @@ def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:
         return Silence()
     tensorboard = folder.tensorboard if config.logging.tensorboard else None
     return Telemetry(folder.metrics, config.train.steps, step, tensorboard)
+
+
+def code_fingerprint(packages: Sequence[ModuleType] = (lcx, lcx_kernels)) -> str:
+    """SHA-256 of the packages' sources: two checkouts of one version may differ, and their numbers with them."""
+    digest = hashlib.sha256()
+    for package in packages:
+        folder = Path(package.__file__ or "").parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def use_compilation_cache() -> None:
@@ -90,6 +108,23 @@ def describe(programs: Sequence[Program], corpus: data.Corpus, folder: Workdir) 
         f"{len(corpus.heldout):,} documents, {corpus.heldout.tokens.size:,} tokens\n"
         f"workdir: {folder.path}; compiling (seconds to minutes, kept for the next time)"
     )
+
+
+class Utilisation:
+    """The model FLOPs utilisation of a run at some speed; None where a mixer or the chip's peak is not known."""
+
+    def __init__(self):
+        self._flops: dict[int, int | None] = {}  # of a document as long as the rows, by stage
+
+    def __call__(self, program: Program, tokens_per_second: float) -> float | None:
+        model = program.blueprint.model(program.blueprint.shapes)
+        peak = peak_flops(program.mesh.devices.flat[0].device_kind, str(model.compute_dtype))
+        if peak is None:
+            return None
+        stage, tokens = program.stage.number, program.config.train.sequence_length
+        if stage not in self._flops:
+            self._flops[stage] = model.flops(tokens)
+        return mfu(self._flops[stage], tokens, tokens_per_second, program.mesh.size, peak)
 
 
 class HeldOut:

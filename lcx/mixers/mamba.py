@@ -125,10 +125,13 @@ class Mamba(Mixer):
         The scan has, for each token, channel and state, dt A and (dt x) B, a multiply-add into h and one into y; and
         for each token and channel dt x and the multiply-add of D x.
         """
-        size, (rank, _) = self.options.state_size, self.splits
+        rank = self.splits[0]
         matrices = self.in_proj.flops() + self.x_proj.flops() + 2 * rank * self.inner + self.out_proj.flops()
-        scan = self.inner * (6 * size + 3)
-        return (matrices + self.conv.flops() + scan) * tokens
+        return matrices * tokens + self.vector_flops(tokens)
+
+    def vector_flops(self, tokens: int) -> int:
+        scan = self.inner * (6 * self.options.state_size + 3)
+        return (self.conv.flops() + scan) * tokens
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         del max_length

@@ -136,7 +136,11 @@ class Mamba2(Mixer):
         size, width = self.options.state_size, self.options.head_dim
         matrices = self.z_x_proj.flops() + self.B_C_proj.flops() + self.dt_proj.flops() + self.out_proj.flops()
         recurrence = self.heads * (5 * size * width + 3 * width + 1)
-        return (matrices + self.x_conv.flops() + self.B_C_conv.flops() + recurrence) * tokens
+        return (matrices + recurrence) * tokens + self.vector_flops(tokens)
+
+    def vector_flops(self, tokens: int) -> int:
+        """The convolutions; the recurrence goes by chunks, in matrix products."""
+        return (self.x_conv.flops() + self.B_C_conv.flops()) * tokens
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         del max_length

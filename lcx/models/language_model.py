@@ -88,7 +88,8 @@ class LanguageModel(nnx.Module):
         context = make_context(tokens.shape, state, positions, segment_ids)
         layers = None if state is None else state["layers"]
         fits = _check_capacity(self.stack.capacity(layers), context.length, time)
-        x = constrain(self.embedding(tokens, self.residual_dtype), STREAM)
+        with jax.named_scope("embedding"):
+            x = constrain(self.embedding(tokens, self.residual_dtype), STREAM)
         x, layers, aux = self.stack(x, layers, context)
         hidden = constrain(self.norm(x).astype(self.compute_dtype), STREAM)
         if fits is not None:

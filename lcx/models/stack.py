@@ -1,6 +1,6 @@
 """The residual stack: a period of layers, scanned over its repeats. It is itself a mixer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,11 @@ from lcx.models.pattern import Pattern, layer_names
 from lcx.models.remat import Run, check_time_remat, rematerialize
 from lcx.parallel.sharding import constrain
 from lcx.params import split
+
+
+def scope_of(mixer: str) -> str:
+    """The name under which compiled programs and profiles show what a mixer of the pattern does."""
+    return f"mixer_{mixer}"
 
 
 class Layer(nnx.Module):
@@ -64,7 +69,8 @@ class Stack(nnx.Module):
         def branch(key: str, name: str) -> Run:
             def run(params: dict, x: jax.Array, state: dict | None, context: Context) -> tuple:
                 layer = nnx.merge(graphdef, params)[key]
-                return layer.branch(name, x, state, context, self.dims.compute_dtype)
+                with jax.named_scope(scope_of(name)):
+                    return layer.branch(name, x, state, context, self.dims.compute_dtype)
 
             return rematerialize(run, policies[name], self.layers[key].mixers[name].init_state)
 
@@ -113,8 +119,17 @@ class Stack(nnx.Module):
 
         What counts is said in `Mixer.flops`; here nothing is added, since norms and residual additions are left out.
         """
+        counts = self.by_mixer(lambda mixer: mixer.flops(tokens)).values()
+        return None if None in counts else sum(counts)
+
+    def by_mixer(self, count: Callable[[Mixer], int | None]) -> dict[str, int | None]:
+        """`count` of each mixer of the pattern, by name: of all its layers together; None where one is None."""
         graphdef, params = split(self.layers)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
         layers = nnx.merge(graphdef, shapes)  # of one period: mixers may count by the shapes of their parameters
-        counts = [mixer.flops(tokens) for layer in layers.values() for mixer in layer.mixers.values()]
-        return None if None in counts else self.periods * sum(counts)
+        counts: dict[str, int | None] = {}
+        for layer in layers.values():
+            for name, mixer in layer.mixers.items():
+                one, others = count(mixer), counts.get(name, 0)
+                counts[name] = None if one is None or others is None else others + self.periods * one
+        return counts

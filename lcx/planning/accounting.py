@@ -10,6 +10,8 @@ from lcx.config import ModelConfig
 from lcx.models import LanguageModel
 from lcx.params import count_parameters, split
 
+HEAD = "head"  # as its scope is called in compiled programs
+TRAINING = 3  # passes of a step, by their FLOPs: forward, and twice as many backward
 # The `model` section of a config in any form, or the model itself, with or without values.
 Model = ModelConfig | Mapping[str, Any] | LanguageModel
 
@@ -48,3 +50,35 @@ def flops_per_token(model: Model, tokens: int) -> float | None:
     """
     total = abstract_model(model).flops(tokens)
     return None if total is None else total / tokens
+
+
+def flops_by_kind(model: Model, tokens: int) -> dict[str, int | None]:
+    """Forward FLOPs of a document of `tokens` tokens, by mixer of the pattern and of the "head".
+
+    None for a mixer that does not know its own.
+    """
+    model = abstract_model(model)
+    head = model.head if hasattr(model, "head") else model.embedding
+    return model.stack.by_mixer(lambda mixer: mixer.flops(tokens)) | {HEAD: head.flops(tokens)}
+
+
+def vector_flops_by_kind(model: Model, tokens: int) -> dict[str, int | None]:
+    """The part of `flops_by_kind` that matrix units cannot do, by mixer."""
+    return abstract_model(model).stack.by_mixer(lambda mixer: mixer.vector_flops(tokens))
+
+
+def mfu(
+    flops_per_document: int | None, tokens: int, tokens_per_second: float, devices: int, peak: float | None
+) -> float | None:
+    """Model FLOPs utilisation in training: model FLOPs, backward being twice forward, over what the chips could do.
+
+    What remat computes again does not count (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+      flops_per_document: forward, of a document of `tokens` tokens; None where it is not known.
+      tokens_per_second: of all devices together.
+      peak: FLOP/s of one device; None where it is not known.
+    """
+    if flops_per_document is None or peak is None:
+        return None
+    return TRAINING * flops_per_document / tokens * tokens_per_second / (devices * peak)

@@ -184,6 +184,7 @@ def fit(
     telemetry: Callable[[int], Telemetry],
     batches: Batches,
     evaluate: Callable[[dict, Program], dict[str, float]],
+    mfu: Callable[[Program, float], float | None] = lambda program, tokens_per_second: None,
 ) -> TrainState:
     """Trains to train.steps, from the newest checkpoint if there is one.
 
@@ -194,6 +195,7 @@ def fit(
       batches: reads batches from a data_index on.
       evaluate: (parameters, the stage's program) to scalars for the step's line of metrics; called every
         evaluation.every steps.
+      mfu: (the stage's program, tokens per second of all devices) to the utilisation that is logged.
 
     Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
     of several processes all stop after the same step.
@@ -210,7 +212,7 @@ def fit(
     with telemetry(step) as report, closing(batches(int(state.data_index))) as reader:
         if step:
             report.say(f"going on from step {step}")
-        log = _StepLog(config, report)
+        log = _StepLog(config, report, mfu)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
         stopped = processes.any_asks(program.mesh, interrupted.is_set)
         while step < config.train.steps and not stopped():
@@ -250,8 +252,8 @@ def fit(
 class _StepLog:
     """Turns the metrics of steps into lines of the report."""
 
-    def __init__(self, config: Config, report: Telemetry):
-        self.config, self.report = config, report
+    def __init__(self, config: Config, report: Telemetry, mfu: Callable[[Program, float], float | None]):
+        self.config, self.report, self.mfu = config, report, mfu
         self.tokens, self.waited, self.logged_time = 0, 0.0, time.perf_counter()
 
     def __call__(
@@ -268,7 +270,8 @@ class _StepLog:
         seconds = now - self.logged_time
         rate, data_wait = self.tokens / seconds, self.waited / seconds
         self.tokens, self.waited, self.logged_time = 0, 0.0, now
-        line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": None, "skipped": 0}
+        line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "skipped": 0}
+        line["mfu"] = self.mfu(program, rate)
         line["tokens_per_second_per_device"] = rate / jax.device_count()
         line["data_wait_per_second"] = data_wait  # seconds spent waiting for batches, of each since the last line
         values = jax.device_get(metrics)

@@ -16,24 +16,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from lcx.planning.targets import GPU_TARGETS
+
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 228 * 1024  # of a multiprocessor
 # An H100 has no autotuning to do where there is none; what the tests' conftest sets for speed on CPU is undone.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0", "xla_backend_optimization_level": "3"}
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+H100 = GPU_TARGETS["h100"]
 
 
 def h100_mesh() -> Mesh:
