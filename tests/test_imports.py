@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "evaluation": BELOW_MODELS | {"models"},
     "planning": BELOW_MODELS | {"models"},
     "interop": BELOW_MODELS | {"models", "__init__"},
+    "sweeps": BOTTOM,
     "benchmarks": BELOW_MODELS | {"models"},
     "cli": BELOW_MODELS
-    | {"models", "laws", "training", "evaluation", "planning", "interop", "benchmarks", "data"}
+    | {"models", "laws", "training", "evaluation", "planning", "interop", "benchmarks", "sweeps", "data"}
     | {"__init__"},
     "__init__": set(),
     "scripts": {"cli"},

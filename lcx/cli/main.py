@@ -16,6 +16,7 @@ VERBS = {
     "export": ("lcx.cli.export", "write a trained model for transformers, and prove that it is the model"),
     "import_hf": ("lcx.cli.import_hf", "start a run from pretrained weights"),
     "verify": ("lcx.cli.verify", "try a config on a mesh: same numbers as one device?"),
+    "sweep": ("lcx.cli.sweep", "run many trials, compare them fairly, and draw a report"),
     "benchmark": ("lcx.cli.benchmark", "time lcx beside its alternatives"),
 }
 
