@@ -147,9 +147,7 @@ def listing(trials: list, measure: "Measure") -> str:
         cells = ["?" if found is None else f"{found:,.0f}" for found in counts]
         rows.append((str(number), trial.name, *cells, str(trial.config["train"]["steps"]), chosen))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 class Measure:

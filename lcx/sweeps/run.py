@@ -82,7 +82,8 @@ def run(
     """Runs what the source gives until it has no more.
 
     A trial that has its result is not run. One that fails goes on where it was, as often as the sweep retries; not one
-    that the user has to mend. One that somebody else interrupted goes on without being counted. Where `stopped()`, all that runs is asked to save and leave, and waited for.
+    that the user has to mend. One that somebody else interrupted goes on without being counted. Where `stopped()`, all
+    that runs is asked to save and leave, and waited for.
 
     Args:
       start: begins an attempt of a trial in its workdir.

@@ -24,6 +24,7 @@
 
   // Numbers as people read them.
   const digits = (value, count = 4) => (value == null ? "–" : String(Number(value.toPrecision(count))));
+  const fixed = (value, count = 5) => (value == null ? "–" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toPrecision(count) : value.toExponential(count - 1));
   const scaled = (value, units, step) => {
     if (value == null) return "–";
     let place = 0;
@@ -89,7 +90,7 @@
       svg.append(draw("line", { class: "grid", x1: area.left, x2: area.right, y1: y(tick), y2: y(tick) }));
       svg.append(draw("text", { x: area.left - 8, y: y(tick) + 4, "text-anchor": "end" }, digits(tick, 3)));
     }
-    for (const tick of x.ticks(Math.max(2, Math.floor((area.right - area.left) / 110)))) {
+    for (const tick of x.ticks(Math.max(3, Math.floor((area.right - area.left) / 110)))) {
       svg.append(draw("line", { class: "grid", x1: x(tick), x2: x(tick), y1: area.top, y2: area.bottom }));
       svg.append(draw("text", { x: x(tick), y: area.bottom + 18, "text-anchor": "middle" }, xText(tick)));
     }
@@ -183,7 +184,7 @@
     const pad = 0.03 * (high - low) || 0.05 * Math.abs(high) || 1;
     const x = linear(low - pad, high + pad, area.left, area.right);
     const svg = frame(box, width, area.bottom + 44, "final metric of each group");
-    for (const tick of x.ticks(Math.max(2, Math.floor((area.right - area.left) / 110)))) {
+    for (const tick of x.ticks(Math.max(3, Math.floor((area.right - area.left) / 110)))) {
       svg.append(draw("line", { class: "grid", x1: x(tick), x2: x(tick), y1: area.top, y2: area.bottom }));
       svg.append(draw("text", { x: x(tick), y: area.bottom + 18, "text-anchor": "middle" }, digits(tick, 4)));
     }
@@ -199,7 +200,7 @@
       }
       for (const value of row.values) svg.append(draw("circle", { cx: x(value), cy: y, r: 3.2, style, opacity: 0.6 }));
       svg.append(draw("line", { x1: x(row.mean), x2: x(row.mean), y1: y - 8, y2: y + 8, style, "stroke-width": 2.5 }));
-      svg.append(draw("text", { x: area.right + 8, y: y + 4 }, digits(row.mean)));
+      svg.append(draw("text", { x: area.right + 8, y: y + 4 }, fixed(row.mean, 4)));
       const hit = draw("rect", { x: 0, y: y - rowHeight / 2, width, height: rowHeight, fill: "transparent" });
       explain(hit, `${row.group}\nmean ${digits(row.mean, 5)} of ${row.count}` + (row.deviation == null ? "" : `\nstandard deviation ${digits(row.deviation, 3)}\nfrom ${digits(row.low, 5)} to ${digits(row.high, 5)}`));
       svg.append(hit);
@@ -296,7 +297,7 @@
         return [dot, trial.name];
       } },
       { name: "status", text: true, value: (trial) => trial.status, cell: (trial) => [make("span", { class: trial.status === "finished" || trial.status === "failed" ? trial.status : "" }, trial.status)] },
-      { name: report.metric, value: (trial) => trial.metric, cell: (trial) => [digits(trial.metric, 5)] },
+      { name: report.metric, value: (trial) => trial.metric, cell: (trial) => [fixed(trial.metric)] },
       ...keys.map((key) => ({ name: short(key), value: (trial) => trial.settings[key], cell: (trial) => [plain(trial.settings[key])] })),
       { name: "parameters", value: (trial) => trial.parameters, cell: (trial) => [count(trial.parameters)] },
       { name: "FLOPs", value: (trial) => trial.flops, cell: (trial) => [count(trial.flops)] },
