@@ -68,6 +68,8 @@ class ModelConfig(Section):
     tie_embeddings: bool = True  # the head is the embedding
     norm_eps: float = limited(1e-5, above=0)  # added to the mean square in every RMSNorm
     init: Literal["fan_in", "small", "normal"] = "fan_in"  # a scheme of lcx.layers.initializers
+    # muP: the width at which learning rates were found, to be used at any other. None: the standard parametrisation.
+    mup_base_width: int | None = limited(None, minimum=1)
     param_dtype: Dtype = "float32"  # parameters and optimizer state
     compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
     residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype

@@ -1,6 +1,6 @@
 """`python -m lcx.cli.trial`: one trial of a sweep, which is `lcx train`, and never outlives the sweep.
 
-Afterwards usage.json in the workdir has what memory the trial took, as far as it is known.
+The last thing that it writes is usage.json in the workdir: what memory it took, as far as that is known.
 """
 
 import contextlib

@@ -101,7 +101,8 @@ class Folder:
     def result(self, trial: Trial, metric: str) -> float | None:
         """The metric of a trial that has come to its last step; None of any other."""
         values = read_result(self.workdir(trial.name), "heldout")
-        if values.get("step", -1) < trial.config["train"]["steps"]:
+        ended = (self.workdir(trial.name) / "usage.json").exists()  # what a trial writes last
+        if not ended or values.get("step", -1) < trial.config["train"]["steps"]:
             return None
         file, _, key = metric.partition(".")
         found = lookup(read_result(self.workdir(trial.name), file), key)

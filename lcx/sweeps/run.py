@@ -116,7 +116,7 @@ def run(
         running.remove(job)
         seconds = time.monotonic() - job.began
         folder.record(job.trial.name, "ended", attempt=job.number, exit_code=code, seconds=seconds)
-        value = folder.result(job.trial, sweep.metric) if code == 0 else None
+        value = folder.result(job.trial, sweep.metric)  # whatever the code: a signal may find a trial that is done
         if value is not None:
             outcome.finished.append(job.trial.name)
             source.finish(job.trial, value)

@@ -235,18 +235,25 @@ class Family:
         return [periods for periods in range(math.floor(low), math.ceil(high) + 1) if periods >= 1]
 
     def _config(self, d_model: int, periods: int, added: int) -> dict[str, Any]:
-        """The base at another width: what is proportional grows with it, to multiples of 8 where it was one."""
-        config = copy.deepcopy(dict(self.base))
-        model = config["model"]
-        factor = d_model / model["d_model"]
-        for record in model["mixers"].values():
-            for option, grow in PROPORTIONAL.items():
-                if isinstance(record.get(option), int):
-                    record[option] = grow(record, d_model, factor)
+        config = at_width(self.base, d_model)
+        for record in config["model"]["mixers"].values():
             if INNER in record:
                 record[INNER] += added
-        model["d_model"], model["periods"] = d_model, periods
+        config["model"]["periods"] = periods
         return config
+
+
+def at_width(base: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    """A config at another width: what is proportional to the width grows with it, the rest stays."""
+    config = copy.deepcopy(dict(base))
+    model = config["model"]
+    factor = d_model / model["d_model"]
+    for record in model["mixers"].values():
+        for option, grow in PROPORTIONAL.items():
+            if isinstance(record.get(option), int):
+                record[option] = grow(record, d_model, factor)
+    model["d_model"] = d_model
+    return config
 
 
 def _inner_width(record: Mapping[str, Any], d_model: int, factor: float) -> int:
