@@ -27,6 +27,7 @@ SEED_LIMIT = 2**31 - 1
 # Records that take names which are not there yet, on a command line too.
 OPEN_RECORDS = ("model.mixers.", "model.remat", "data.sources[", "mesh.parameter_rules", "mesh.activation_rules")
 Dtype = Literal["float32", "bfloat16", "float64"]
+RETURNS = {"get_config": "ConfigDict", "get_sweep": "dict"}  # the functions of config files, and what they return
 REMAT = ("none", "dots", "full")  # and "time:TOKENS"
 
 
@@ -67,6 +68,8 @@ class ModelConfig(Section):
     tie_embeddings: bool = True  # the head is the embedding
     norm_eps: float = limited(1e-5, above=0)  # added to the mean square in every RMSNorm
     init: Literal["fan_in", "small", "normal"] = "fan_in"  # a scheme of lcx.layers.initializers
+    # muP: the width at which learning rates were found, to be used at any other. None: the standard parametrisation.
+    mup_base_width: int | None = limited(None, minimum=1)
     param_dtype: Dtype = "float32"  # parameters and optimizer state
     compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
     residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype
@@ -324,20 +327,31 @@ def load_config(argument: str | os.PathLike) -> ConfigDict:
 
     Whatever goes wrong in the file is a UserError that names the file, the line and the mistake.
     """
+    path = os.fspath(argument).partition(":")[0]
+    if path.endswith(".json") and os.path.isfile(path):
+        return _config_of_run(path)
+    config = default_config()
+    config.update(_config_dict(call_config_file(argument, "get_config")))
+    return config
+
+
+def call_config_file(argument: str | os.PathLike, function: str) -> Mapping[str, Any]:
+    """What `function(options)` of a config file returns; `argument` is "FILE.py:OPTIONS" or "FILE.py".
+
+    Whatever goes wrong in the file is a UserError that names the file, the line and the mistake.
+    """
     path, _, arg = os.fspath(argument).partition(":")
     if not os.path.isfile(path):
         raise UserError(f'config file "{path}" is not there (from {os.getcwd()}).')
-    if path.endswith(".json"):
-        return _config_of_run(path)
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"lcx_config_{path}"), path)
     if spec is None:
         raise UserError(f'config file "{path}" must be a Python file (.py).')
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f'config file "{path}" has no function get_config(arg="").')
-        values = module.get_config(arg) if arg else module.get_config()
+        if not hasattr(module, function):
+            raise UserError(f'config file "{path}" has no function {function}(arg="").')
+        values = getattr(module, function)(arg) if arg else getattr(module, function)()
     except UserError:
         raise
     except Exception as error:
@@ -345,10 +359,8 @@ def load_config(argument: str | os.PathLike) -> ConfigDict:
         where = f"{path}, line {line[-1]}" if line else path
         raise UserError(f"config file {where}: {type(error).__name__}: {error}") from error
     if not hasattr(values, "items"):
-        raise UserError(f'get_config of "{path}" must return a ConfigDict, not {type(values).__name__}.')
-    config = default_config()
-    config.update(_config_dict(values))
-    return config
+        raise UserError(f'{function} of "{path}" must return a {RETURNS[function]}, not {type(values).__name__}.')
+    return values
 
 
 def _config_of_run(path: str) -> ConfigDict:
@@ -363,12 +375,27 @@ def _config_of_run(path: str) -> ConfigDict:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets a field as `assign` does, from text.
+
+    The text is read as a Python literal, or kept where it is none, or where the field holds text.
+    """
+    node, last, current = _find(config, key)
+    value = _literal(text)
+    node[last] = text if isinstance(current, str) and not isinstance(value, str) else value
+
+
+def assign(config: ConfigDict, key: str, value: Any) -> None:
     """Sets the field `key` ("model.mixers.swa.window", "data.sources[0].path") of `config` in place.
 
-    The text is read as a Python literal, or kept where it is none, or where the field holds text. Options of a mixer,
-    remat policies, rules of a mesh and fields of a source need not exist yet, and `model.mixers.NAME.type` makes a new
-    mixer; any other unknown key is a UserError.
+    Options of a mixer, remat policies, rules of a mesh and fields of a source need not exist yet, and
+    `model.mixers.NAME.type` makes a new mixer; any other unknown key is a UserError.
     """
+    node, last, _ = _find(config, key)
+    node[last] = plain(value)
+
+
+def _find(config: ConfigDict, key: str) -> tuple[Any, str | int, Any]:
+    """Where a field lies: (the record or list that holds it, its place in there, what it is now)."""
     if not re.fullmatch(r"[^.\[\]]+(\[\d+\])*(\.[^.\[\]]+(\[\d+\])*)*", key):
         raise UserError(f'"{key}" is not a key of the config: write it like model.d_model or data.sources[0].path.')
     *parents, last = (int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", key))
@@ -381,9 +408,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         node, path = _child(node, step, path), _extend(path, step)
     open_record = path.startswith(OPEN_RECORDS)
     is_new = open_record and hasattr(node, "items") and last not in node
-    current = None if is_new else _child(node, last, path)
-    value = _literal(text)
-    node[last] = text if isinstance(current, str) and not isinstance(value, str) else value
+    return node, last, None if is_new else _child(node, last, path)
 
 
 def _child(node: Any, step: str | int, path: str) -> Any:

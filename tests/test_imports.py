@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "planning": BELOW_MODELS | {"models"},
     "interop": BELOW_MODELS | {"models", "__init__"},
     "benchmarks": BELOW_MODELS | {"models", "training", "planning"},
+    "sweeps": BOTTOM,
     "cli": BELOW_MODELS
-    | {"models", "laws", "training", "evaluation", "planning", "interop", "benchmarks", "data"}
+    | {"models", "laws", "training", "evaluation", "planning", "interop", "benchmarks", "sweeps", "data"}
     | {"__init__"},
     "__init__": set(),
     "scripts": {"cli"},

@@ -17,6 +17,8 @@ VERBS = {
     "import_hf": ("lcx.cli.import_hf", "start a run from pretrained weights"),
     "verify": ("lcx.cli.verify", "try a config on a mesh: same numbers as one device?"),
     "plan": ("lcx.cli.plan", "what a config takes of hardware that need not be here"),
+    "sweep": ("lcx.cli.sweep", "run many trials, compare them fairly, and draw a report"),
+    "coordinates": ("lcx.cli.coordinates", "check that activations keep their size over widths (muP)"),
     "benchmark": ("lcx.cli.benchmark", "time lcx beside its alternatives"),
 }
 

@@ -26,9 +26,10 @@ class Dense(nnx.Module):
         rngs: nnx.Rngs,
         *,
         dtype: Any = jnp.float32,
+        learning_rate: float = 1.0,
     ):
         self.contracted = len(inputs)
-        self.weight = param(rngs, inputs + outputs, axes, init, dtype=dtype)
+        self.weight = param(rngs, inputs + outputs, axes, init, dtype=dtype, learning_rate=learning_rate)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [batch, time, *inputs]; returns [batch, time, *outputs] in x's dtype."""

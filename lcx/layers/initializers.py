@@ -32,6 +32,13 @@ class Normal:
         return self.std * jax.random.normal(key, shape, jnp.float32)
 
 
+def times(init: Uniform | Normal, factor: float) -> Uniform | Normal:
+    """Draws of `init`, multiplied."""
+    if isinstance(init, Uniform):
+        return Uniform(init.bound * factor)
+    return Normal(init.std * factor)
+
+
 @dataclass(frozen=True)
 class Constant:
     """The same value everywhere."""
@@ -82,12 +89,12 @@ class InverseSoftplusLogUniform:
 class Scheme:
     """One paper's way to start a model; each role maps (fan_in, d_model, sublayers) to an initializer."""
 
-    dense: Callable[[int, int, int], Normal | Uniform]
-    output: Callable[[int, int, int], Normal | Uniform]
-    embedding: Callable[[int, int, int], Normal]
+    dense: Callable[[float, float, int], Normal | Uniform]
+    output: Callable[[float, float, int], Normal | Uniform]
+    embedding: Callable[[float, float, int], Normal]
 
 
-def _uniform(fan_in: int, scale: float = 1.0) -> Uniform:
+def _uniform(fan_in: float, scale: float = 1.0) -> Uniform:
     return Uniform(scale / math.sqrt(fan_in))
 
 

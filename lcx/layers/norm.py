@@ -23,9 +23,20 @@ class RMSNorm(nnx.Module):
     Hugging Face's Llama.
     """
 
-    def __init__(self, width: int, eps: float, rngs: nnx.Rngs, *, axis: str | None = None, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        rngs: nnx.Rngs,
+        *,
+        axis: str | None = None,
+        dtype: Any = jnp.float32,
+        multiplier: float = 1.0,
+    ):
+        """multiplier: of the output, which the scale starts as and learns in proportion to."""
         self.eps = eps
-        self.scale = param(rngs, (width,), (axis,), Constant(1.0), dtype=dtype, decay=False)
+        init = Constant(multiplier)
+        self.scale = param(rngs, (width,), (axis,), init, dtype=dtype, decay=False, learning_rate=multiplier)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., width]; returns the same shape and dtype."""

@@ -1,5 +1,6 @@
 """Softmax attention: full or sliding window, grouped heads, rotary positions, sinks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -62,6 +63,10 @@ class Attention(GroupedHeads):
         if options.sink == "logit":
             init = Normal(SINK_LOGIT_STD)
             self.sink_logit = param(rngs, (options.num_heads,), ("heads",), init, dtype=dims.param_dtype, decay=False)
+
+    def query_scale(self, dims: ModelDims, width: int) -> float:
+        """Under muP scores are q.k 8 / K, which is q.k / sqrt(K) at K = 64 (arXiv 2203.03466, definition 4.1)."""
+        return 8 / math.sqrt(width) if dims.mup_base_width else 1.0
 
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
         query, key, value = self.project(x)

@@ -6,8 +6,9 @@ x and y are [batch, time, d_model]. Training is the whole sequence from an empty
 a chunk of one token; there is no other code path. The laws (`lcx.laws`) say what every mixer must obey.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 
 from lcx.errors import UserError
 from lcx.layers.dense import Dense
-from lcx.layers.initializers import SCHEMES
+from lcx.layers.initializers import SCHEMES, times
 from lcx.parallel.kernels import Shard
 from lcx_kernels.backends import BackendUnavailable
 
@@ -65,28 +66,64 @@ class ModelDims:
     init: str = "fan_in"  # a name of lcx.layers.initializers.SCHEMES
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
+    mup_base_width: int | None = None  # None: the standard parametrisation
+
+    @property
+    def width_ratio(self) -> float:
+        """The width over the one at which learning rates were found; 1 in the standard parametrisation."""
+        return self.d_model / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def standard(self) -> "ModelDims":
+        """The same in the standard parametrisation, for mixers to which the rules of muP do not apply."""
+        return replace(self, mup_base_width=None)
 
     @property
     def state_dtype(self) -> Any:
         """The dtype of recurrent states: at least float32."""
         return jnp.promote_types(self.compute_dtype, jnp.float32)
 
-    def dense(self, inputs: int | tuple, outputs: int | tuple, axes: tuple[str | None, ...], rngs: nnx.Rngs) -> Dense:
-        """A matrix inside a mixer, started by the model's scheme."""
-        return self._matrix("dense", inputs, outputs, axes, rngs)
+    def dense(
+        self,
+        inputs: int | tuple,
+        outputs: int | tuple,
+        axes: tuple[str | None, ...],
+        rngs: nnx.Rngs,
+        multiplier: float = 1.0,
+    ) -> Dense:
+        """A matrix inside a mixer, started by the model's scheme.
+
+        multiplier: of the output, which the matrix starts with and learns in proportion to.
+        """
+        return self._matrix("dense", inputs, outputs, axes, rngs, multiplier)
 
     def output(self, inputs: int | tuple, axes: tuple[str | None, ...], rngs: nnx.Rngs) -> Dense:
         """A matrix that writes into the residual stream, started by the model's scheme."""
         return self._matrix("output", inputs, self.d_model, axes, rngs)
 
-    def _matrix(self, role: str, inputs: int | tuple, outputs: int | tuple, axes: tuple, rngs: nnx.Rngs) -> Dense:
+    def _matrix(
+        self,
+        role: str,
+        inputs: int | tuple,
+        outputs: int | tuple,
+        axes: tuple,
+        rngs: nnx.Rngs,
+        multiplier: float = 1.0,
+    ) -> Dense:
+        """A hidden matrix: both of its sides grow with the model.
+
+        Under muP (Yang et al. 2022, arXiv 2203.03466, table 8) it starts with a variance that falls as the width grows,
+        whatever the scheme says of the base, and Adam's learning rate falls likewise.
+        """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         fan_in = 1
         for size in inputs:
             fan_in *= size
-        init = getattr(SCHEMES[self.init], role)(fan_in, self.d_model, self.sublayers)
-        return Dense(inputs, outputs, axes, init, rngs, dtype=self.param_dtype)
+        ratio = self.width_ratio
+        init = getattr(SCHEMES[self.init], role)(fan_in / ratio, self.d_model / ratio, self.sublayers)
+        init = times(init, multiplier / math.sqrt(ratio))
+        return Dense(inputs, outputs, axes, init, rngs, dtype=self.param_dtype, learning_rate=multiplier / ratio)
 
 
 def check_backend(select: Callable[[str], str], backend: str) -> None:

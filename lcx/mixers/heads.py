@@ -51,13 +51,20 @@ class GroupedHeads(Mixer):
         check_backend(select_backend, options.backend)
         self.options, self.dims = options, dims
         self.kv_shape = (kv_heads, width)
-        self.query = dims.dense(dims.d_model, (heads, width), ("d_model", "heads", None), rngs)
+        scale = self.query_scale(dims, width)
+        on_matrix = 1.0 if options.qk_norm else scale
+        self.query = dims.dense(dims.d_model, (heads, width), ("d_model", "heads", None), rngs, on_matrix)
         self.key = dims.dense(dims.d_model, (kv_heads, width), ("d_model", "kv_heads", None), rngs)
         self.value = dims.dense(dims.d_model, (kv_heads, width), ("d_model", "kv_heads", None), rngs)
         self.output = dims.output((heads, width), ("heads", None, "d_model"), rngs)
         if options.qk_norm:
-            self.query_norm = RMSNorm(width, dims.norm_eps, rngs, dtype=dims.param_dtype)
+            self.query_norm = RMSNorm(width, dims.norm_eps, rngs, dtype=dims.param_dtype, multiplier=scale)
             self.key_norm = RMSNorm(width, dims.norm_eps, rngs, dtype=dims.param_dtype)
+
+    def query_scale(self, dims: ModelDims, width: int) -> float:
+        """What queries start multiplied by, beside the kernels' 1 / sqrt(K)."""
+        del dims, width
+        return 1.0
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """From x [batch, time, d_model] to query [batch, time, heads, K], key and value [batch, time, kv_heads, K]."""

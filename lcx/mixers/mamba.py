@@ -52,6 +52,7 @@ class Mamba(Mixer):
     }
 
     def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
+        dims = dims.standard  # muP does not hold for selective scans (Vankadara et al., NeurIPS 2024)
         inner = options.expand * dims.d_model
         rank = options.dt_rank or math.ceil(dims.d_model / 16)
         size, dtype = options.state_size, dims.param_dtype

@@ -55,6 +55,7 @@ class Mamba2(Mixer):
     }
 
     def __init__(self, options: Mamba2Options, dims: ModelDims, rngs: nnx.Rngs):
+        dims = dims.standard  # muP does not hold for selective scans (Vankadara et al., NeurIPS 2024)
         inner, width, groups = options.expand * dims.d_model, options.head_dim, options.num_groups
         heads, dtype = inner // width, dims.param_dtype
         if inner % width:

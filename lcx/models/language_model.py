@@ -39,15 +39,17 @@ class LanguageModel(nnx.Module):
         config = ModelConfig.from_dict(config)
         pattern = parse_pattern(config.pattern, config.mixers)
         dims = model_dims(config, sublayers=config.periods * sum(len(names) for names in pattern))
-        scheme, width = SCHEMES[config.init], config.d_model
-        embedding_init = scheme.embedding(width, width, dims.sublayers)
+        # muP: embeddings start as at the base width and learn as fast; what falls with the width is the final norm, by
+        # which the logits are multiplied.
+        scheme, width, ratio = SCHEMES[config.init], config.d_model, dims.width_ratio
+        embedding_init = scheme.embedding(width / ratio, width / ratio, dims.sublayers)
         self.residual_dtype = jnp.promote_types(config.residual_dtype, dims.compute_dtype)
         self.compute_dtype = dims.compute_dtype
         self.embedding = Embedding(config.vocab_size, width, embedding_init, rngs, dtype=dims.param_dtype)
         self.stack = Stack(pattern, config.mixers, config.remat, config.periods, dims, rngs)
-        self.norm = RMSNorm(width, config.norm_eps, rngs, dtype=dims.param_dtype)
+        self.norm = RMSNorm(width, config.norm_eps, rngs, dtype=dims.param_dtype, multiplier=1 / ratio)
         if not config.tie_embeddings:
-            head_init = scheme.dense(width, width, dims.sublayers)
+            head_init = scheme.dense(width / ratio, width / ratio, dims.sublayers)
             self.head = Embedding(config.vocab_size, width, head_init, rngs, dtype=dims.param_dtype)
 
     def __call__(
@@ -132,6 +134,7 @@ def model_dims(config: ModelConfig, sublayers: int) -> ModelDims:
         init=config.init,
         param_dtype=jnp.dtype(config.param_dtype),
         compute_dtype=jnp.dtype(compute),
+        mup_base_width=config.mup_base_width,
     )
 
 

@@ -1,0 +1,8 @@
+"""Runs a sweep: python scripts/sweep.py --config=configs/sweeps/families.py --workdir=runs/families --jobs=2"""
+
+import sys
+
+from lcx.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))
