@@ -18,10 +18,22 @@ from lcx.errors import UserError
 from lcx.files import is_local, read_json, write_json
 
 # What may differ when a run is resumed. None of it changes what a step makes of a state and a batch, except that a
-# schedule with an end is stretched to train.steps.
+# schedule with an end is stretched to train.steps, that sums are rounded otherwise on another mesh or with other
+# pieces, and that bad steps are told from good ones by other limits.
 MAY_CHANGE = (
     "train.steps",
-    "checkpoint.*",
+    "train.accumulate",
+    "train.loss_chunk_size",
+    "mesh.*",
+    "model.remat*",
+    "checkpoint.every",
+    "checkpoint.keep*",
+    "checkpoint.best_metric",
+    "health.threshold",
+    "health.patience",
+    "health.max_rewinds",
+    "health.step_timeout",
+    "health.peer_timeout",
     "evaluation.*",
     "logging.*",
     "data.workers",
@@ -29,7 +41,7 @@ MAY_CHANGE = (
     "data.max_bad_records",
 )
 # An imported model has no run yet: what it is trained on, and how, is what its first training says.
-NOT_BEGUN = ("data.*", "train.*", "optimizer.*", "mesh.*", "model.remat*", "model.compute_dtype", "model.init")
+NOT_BEGUN = ("data.*", "train.*", "optimizer.*", "health.*", "checkpoint.*", "model.compute_dtype", "model.init")
 
 _open: set[str] = set()  # workdirs that this process holds: its own lock would not stop it from opening one again
 
@@ -153,7 +165,10 @@ def _check_same_run(path: epath.Path, stored: dict[str, Any], run: dict[str, Any
             if key.startswith("model."):
                 what = "another model's run"
             difference = f"{key} is {values[0]} there and {values[1]} here"
-            raise UserError(f"the workdir {path} holds {what}: {difference}; use another --workdir.")
+            raise UserError(
+                f"the workdir {path} holds {what}: {difference}; use another --workdir, which may begin from this run: "
+                f"--config.checkpoint.fork={path}."
+            )
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
