@@ -90,18 +90,24 @@ class Checkpoints:
         """The step of the newest committed checkpoint, if there is one."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Tree, score: float | None = None) -> None:
+    def save(self, step: int, state: Tree, score: float | None = None, in_streak: bool = False) -> None:
         """Starts to save `state` as the checkpoint of `step` and returns as soon as its arrays may be donated.
 
         Waits first until the save before it is committed, and raises what that one met (see `wait`). A step that has a
-        checkpoint raises ValueError. Arrays of size 0 cannot be saved. score: what `keep_best` chooses by.
+        checkpoint raises ValueError. Arrays of size 0 cannot be saved.
+
+        score: what `keep_best` chooses by. in_streak: the steps before it were bad, so that the run may have to go back
+        to the checkpoint before them, which stays.
         """
         self.wait()
         began = time.monotonic()
         with self._explaining(step):
             args = ocp.args.StandardSave(state, save_args=jax.tree.map(_storage, state))
             self._orbax.save(self._folder / str(step), args=args)
-        self._saving = self._thread.submit(self._commit, step, began, score)
+        facts = {"in_streak": True} if in_streak else {}
+        if score is not None and math.isfinite(score):
+            facts["score"] = score
+        self._saving = self._thread.submit(self._commit, step, began, facts)
 
     def seconds_to_save(self, state_bytes: int) -> float:
         """What a save takes, at most, as far as is known: of this process, else of the newest one's before it, else
@@ -109,10 +115,9 @@ class Checkpoints:
         if self._slowest_save is not None:
             return self._slowest_save
         for step in reversed(self.steps()):
-            with suppress(UserError, OSError):
-                seconds = read_json(_manifest(self._folder, step)).get("seconds")
-                if isinstance(seconds, int | float):
-                    return float(seconds)
+            seconds = self._fact(step, "seconds")
+            if isinstance(seconds, int | float):
+                return float(seconds)
         return 5.0 + state_bytes / BYTES_PER_SECOND
 
     def remove_after(self, step: int) -> None:
@@ -172,7 +177,7 @@ class Checkpoints:
             self._set_aside(step, damage)
         return None
 
-    def _commit(self, step: int, began: float, score: float | None) -> None:
+    def _commit(self, step: int, began: float, facts: dict[str, Any]) -> None:
         """In the thread: waits for orbax, writes the manifest, then lets old checkpoints go."""
         with self._explaining(step):
             self._orbax.wait_until_finished()  # for all processes: orbax lets them wait for each other
@@ -184,10 +189,8 @@ class Checkpoints:
                     sync(path)
             fingerprints = {name: _fingerprint(path) for name, path in files.items()}
             seconds = time.monotonic() - began
-            record = {"step": step, "files": fingerprints, "seconds": seconds}
-            if score is not None and math.isfinite(score):
-                record["score"] = score
-            write_json(_manifest(self._folder, step), record)
+            facts |= {"seconds": seconds}
+            write_json(_manifest(self._folder, step), {"step": step, "files": fingerprints, **facts})
             self._slowest_save = max(self._slowest_save or 0.0, seconds)
             stay = self._staying()
             for old in self.steps():
@@ -198,13 +201,22 @@ class Checkpoints:
         """The steps whose checkpoints stay."""
         steps = self.steps()
         stay = set(steps[-self._keep :])
+        sound = (step for step in reversed(steps) if not self._fact(step, "in_streak"))
+        stay |= {next(sound, steps[-1])}
         if self._keep_every:
             stay |= {step for step in steps if step % self._keep_every == 0}
         if self._keep_best:
-            scores = {step: _score(self._folder, step) for step in steps}
-            scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+            scores = {step: self._fact(step, "score") for step in steps}
+            scored = sorted((score, -step) for step, score in scores.items() if isinstance(score, int | float))
             stay |= {-step for _, step in scored[: self._keep_best]}
         return stay
+
+    def _fact(self, step: int, name: str) -> Any:
+        """What the manifest of a step says under a name, if it can be read and does."""
+        try:
+            return read_json(_manifest(self._folder, step)).get(name)
+        except UserError:
+            return None
 
     def _remove(self, step: int) -> None:
         _manifest(self._folder, step).unlink()
@@ -341,15 +353,6 @@ def _steps(folder: epath.Path) -> list[int]:
     """The steps that have a manifest, in order."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(int(match[1]) for name in names if (match := MANIFEST.fullmatch(name)))
-
-
-def _score(folder: epath.Path, step: int) -> float | None:
-    """The score that a checkpoint was saved with."""
-    try:
-        score = read_json(_manifest(folder, step)).get("score")
-    except UserError:
-        return None
-    return float(score) if isinstance(score, int | float) else None
 
 
 def _damage(folder: epath.Path, step: int) -> str | None:

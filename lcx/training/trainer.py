@@ -258,12 +258,12 @@ def _train(
             if _due(step, config.checkpoint.every):
                 if late:
                     log(*late)  # before the checkpoint: a resumed run logs only what comes after it
-                checkpoints.save(step, state, _score(config, metrics, scores))
+                checkpoints.save(step, state, _score(config, metrics, scores), _in_streak(metrics))
                 saved, late = step, None
         if late:
             log(*late)
         if saved != step:
-            checkpoints.save(step, state, _score(config, metrics, scores))
+            checkpoints.save(step, state, _score(config, metrics, scores), _in_streak(metrics))
         checkpoints.wait()
     if step < config.train.steps:
         raise Interrupted(interrupted.signal_name or "another process was asked to stop")
@@ -292,6 +292,11 @@ def _score(config: Config, metrics: dict[str, jax.Array], scores: dict[str, floa
     """What checkpoint.keep_best chooses by, where the step has it."""
     value = (metrics | scores).get(config.checkpoint.best_metric)
     return None if value is None or np.ndim(value) else float(value)
+
+
+def _in_streak(metrics: dict) -> bool:
+    """Whether the last step was skipped; without a step, no."""
+    return bool(metrics and metrics["skipped"])
 
 
 class _StepLog:
