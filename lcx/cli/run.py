@@ -20,6 +20,7 @@ from lcx.parallel import processes
 from lcx.params import count_parameters
 from lcx.training.beginning import with_beginning
 from lcx.training.checkpointing import Checkpoints
+from lcx.training.heartbeats import Peers
 from lcx.training.preemption import interrupted, run_interruptible, stop_at
 from lcx.training.quarantine import Quarantine
 from lcx.training.telemetry import Silence, Telemetry
@@ -45,6 +46,8 @@ def run(config: Config | Mapping[str, Any], workdir: str, deadline: float | None
         lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
         processes.on_first(lambda: stack.enter_context(lock) and None)
         folder = Workdir.at(workdir)
+        peers = Peers(folder.heartbeats, jax.process_index(), jax.process_count(), config.health.peer_timeout)
+        stack.enter_context(peers.watching())
         speaker()(describe(programs, corpus, folder), flush=True)
         heldout = HeldOut(config)
         rows = [program.rows for program in programs]
