@@ -57,7 +57,10 @@ class Workdir:
     @classmethod
     def at(cls, path: epath.PathLike) -> Self:
         """The workdir there, which need not exist yet."""
-        return cls(epath.Path(path).resolve())
+        try:
+            return cls(epath.Path(path).resolve())
+        except KeyError:
+            raise UserError(f"the workdir {path} is of no storage that is known here (gs://, s3://).") from None
 
     @property
     def config(self) -> epath.Path:
@@ -111,8 +114,12 @@ def open_workdir(path: epath.PathLike, config: Mapping[str, Any], fingerprints: 
             else:
                 stack.enter_context(held(workdir.path / "heartbeats" / "run", HELD))
             _register(workdir, json.loads(json.dumps({"config": config, "fingerprints": fingerprints})))
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"the workdir {path} cannot be written: {error.strerror}; use another --workdir.") from None
+        except ImportError as error:  # of the package that knows this kind of storage
+            raise UserError(f"the workdir {path} cannot be reached: {error}.") from None
         yield workdir
 
 
