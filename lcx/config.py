@@ -373,13 +373,11 @@ def load_config(argument: str | os.PathLike) -> ConfigDict:
 
 def _config_of_run(path: str) -> ConfigDict:
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:
             values = json.load(file)["config"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return _config_dict(Config.from_dict(values).to_dict())
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f'config file "{path}" is not the config.json of a workdir.') from None
-    config = default_config()
-    config.update(_config_dict(values))
-    return config
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -135,6 +135,11 @@ def _line_values(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def is_file_name(name: Any) -> bool:
+    """Whether it names a file in a folder, and cannot lead out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def is_local(path: epath.PathLike) -> bool:
     """Whether the path lies on a file system of this machine, not on object storage (`gs://...`)."""
     return "://" not in os.fspath(path)

@@ -88,15 +88,19 @@ class Run:
         """Kills it, and sees to it that nothing of it is left."""
         self.process.kill()
         self.process.wait()
+        self.nothing_is_left()
+
+    def finish(self, code: int = 0, limit: float = 600) -> str:
+        assert self.process.wait(timeout=limit) == code, self.said()[-3000:]
+        self.nothing_is_left()
+        return self.said()
+
+    def nothing_is_left(self) -> None:
+        """Worker processes see within moments that their parent is gone."""
         deadline = time.monotonic() + 20
         while (left := survivors(self.process.pid)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not left, "a process outlived its run"
-
-    def finish(self, code: int = 0, limit: float = 600) -> str:
-        assert self.process.wait(timeout=limit) == code, self.said()[-3000:]
-        assert survivors(self.process.pid) == []
-        return self.said()
 
 
 def survivors(session: int) -> list[int]:

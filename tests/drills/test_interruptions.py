@@ -92,6 +92,8 @@ def test_signals_in_each_phase(undisturbed, tmp_path, record, phases, rounds):
         lines = logged(workdir)
         assert not lines or lines[-1]["step"] in committed(workdir), "the last step done is saved"
     Run(workdir, steps, evaluating).finish()
+    losses = [[line["loss"] for line in logged(path)] for path in (workdir, undisturbed(steps))]
+    assert losses[0] == losses[1]
     record(
         f"SIGTERM in {', '.join(phases)}",
         f"{len(waited)} of {len(waited)} saved, exit 75; the longest took {max(waited)[0]:.1f} s, "
@@ -122,7 +124,8 @@ def test_two_runs_on_one_workdir(tmp_path, record):
     said = second.finish(2)
     assert f"is in use by process {run.process.pid}" in said and "Traceback" not in said
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == before
-    run.wait_until(lambda reached=len(logged(tmp_path / "run")): len(logged(tmp_path / "run")) > reached)
+    reached = len(logged(tmp_path / "run"))
+    run.wait_until(lambda: len(logged(tmp_path / "run")) > reached)
     run.process.send_signal(signal.SIGTERM)
     run.finish(75)
     record("two runs on one workdir", "the second: a sentence, exit 2; the first goes on", "the second is refused")
