@@ -24,7 +24,13 @@ def _kernels() -> tuple[Callable[[int], list], ...]:
     return scan_results, attention_results, memory_results
 
 
-SUITES = {"kernels": _kernels}  # each gives its parts, which make results of a number of rounds
+def _health() -> tuple[Callable[[int], list], ...]:
+    from lcx.cli.benchmark_health import health_results  # likewise
+
+    return (health_results,)
+
+
+SUITES = {"kernels": _kernels, "health": _health}  # each gives its parts, which make results of a number of rounds
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ from etils import epath
 
 from lcx.config import CheckpointConfig
 from lcx.errors import UserError
-from lcx.training.checkpointing import data_index_of, newest, read_newest, read_step
+from lcx.parallel import processes
+from lcx.training.checkpointing import check_whole, data_index_of, newest, read_newest, read_step
 from lcx.training.train_state import TrainState
 from lcx.training.trainer import Program, program_at
 
@@ -36,23 +37,29 @@ def with_beginning(programs: Sequence[Program], imported: epath.PathLike) -> tup
 
 
 def find_fork(fork: str) -> tuple[epath.Path, int]:
-    """The checkpoints and the step of "WORKDIR@STEP", or of "WORKDIR": its newest. Raises UserError for neither."""
+    """The checkpoints and the step of "WORKDIR@STEP", or of "WORKDIR": its newest that is whole.
+
+    Raises UserError where there is none, or it is damaged.
+    """
     workdir, at, text = fork.rpartition("@")
     step = int(text) if at and text.isdigit() else None
     folder = epath.Path(workdir if step is not None else fork) / "checkpoints"
-    if step is None:
-        step = newest(folder)
+    if step is not None:
+        check_whole(folder, step)
+        return folder, step
+    step = newest(folder)
     if step is None:
         raise UserError(f'checkpoint.fork: there is no checkpoint in "{fork}": write WORKDIR or WORKDIR@STEP.')
     return folder, step
 
 
 def _forked(programs: Sequence[Program], options: CheckpointConfig) -> TrainState:
-    folder, step = find_fork(options.fork)
+    folder, step = processes.on_first(lambda: [str(found) for found in find_fork(options.fork)])
+    step = int(step)
     if options.fork_state == "parameters":
         params = {"params": programs[0].abstract.params}
         return programs[0].create(read_step(folder, step, params, partial=True)["params"])
-    program = program_at(programs, data_index_of(folder, step))
+    program = program_at(programs, data_index_of(epath.Path(folder), step))
     if options.fork_state == "all":
         return read_step(folder, step, program.abstract)
     wanted = {name: value for name in KEPT if (value := getattr(program.abstract, name)) != {}}

@@ -279,11 +279,19 @@ def read_newest(
 def read_step(folder: epath.PathLike, step: int, abstract: Tree, partial: bool = False) -> Tree:
     """What `abstract` describes of the checkpoint of a step, all of it unless `partial`; changes nothing.
 
-    Raises UserError where there is no such checkpoint, where it is damaged, or of another model.
+    Raises UserError where it is of another model. Whether it is whole, `check_whole` tells.
     """
+    return _load(_absolute(folder), step, abstract, partial)
+
+
+def check_whole(folder: epath.PathLike, step: int) -> None:
+    """Raises UserError unless the step has a whole checkpoint."""
     folder = _absolute(folder)
-    _check_there(folder, step)
-    return _load(folder, step, abstract, partial)
+    if step not in _steps(folder):
+        steps = ", ".join(map(str, _steps(folder))) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}.")
+    if damage := _damage(folder, step):
+        raise UserError(f"the checkpoint of step {step} in {folder} is damaged ({damage}); choose another step.")
 
 
 def newest(folder: epath.PathLike, say: Callable[[str], None] = print) -> int | None:
@@ -311,7 +319,7 @@ class ParameterReader:
         Raises UserError where there is no such checkpoint, where it is damaged, or of another model.
         """
         folder = _absolute(folder)
-        _check_there(folder, step)
+        check_whole(folder, step)
         _check_model(folder, step, {"params": shapes}, partial=True)
         self._base = os.fspath(folder / str(step))
         self._shapes = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
@@ -324,15 +332,6 @@ class ParameterReader:
         array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
         found = (array if index is None else array[index]).read().result()
         return np.asarray(found).astype(self._shapes[path].dtype, copy=False)
-
-
-def _check_there(folder: epath.Path, step: int) -> None:
-    """Raises UserError unless the step has a whole checkpoint."""
-    if step not in _steps(folder):
-        steps = ", ".join(map(str, _steps(folder))) or "none"
-        raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}.")
-    if damage := _damage(folder, step):
-        raise UserError(f"the checkpoint of step {step} in {folder} is damaged ({damage}); choose another step.")
 
 
 def _storage(leaf: Any) -> ocp.SaveArgs:

@@ -58,9 +58,10 @@ class Workdir:
     def at(cls, path: epath.PathLike) -> Self:
         """The workdir there, which need not exist yet."""
         try:
-            return cls(epath.Path(path).resolve())
+            path = epath.Path(path)
         except KeyError:
             raise UserError(f"the workdir {path} is of no storage that is known here (gs://, s3://).") from None
+        return cls(path.resolve() if is_local(path) else path)  # a bucket's path would become a folder here
 
     @property
     def config(self) -> epath.Path:
