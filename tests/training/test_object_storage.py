@@ -118,6 +118,7 @@ def test_a_heartbeat_stands_for_the_lock(storage):
         assert json.loads((storage / "config.json").read_text())["config"] == {}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_whose_workdir_is_taken_over_ends(storage, capfd):
     left = threading.Event()
 
