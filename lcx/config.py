@@ -229,10 +229,30 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """When the state is saved; the last step always is."""
+    """When the state is saved, and what stays; the last step always is saved."""
 
     every: int = limited(500, minimum=1)  # steps
     keep: int = limited(3, minimum=1)  # newest checkpoints that stay
+    keep_every: int = limited(0, minimum=0)  # steps: checkpoints at its multiples stay, too; 0: none
+    keep_best: int = limited(0, minimum=0)  # so many with the lowest best_metric stay, too
+    best_metric: str = "heldout_loss"  # a name of metrics.jsonl, of the step that was saved
+    # A run's workdir, "WORKDIR" or "WORKDIR@STEP": begin from what was saved there. What of it: the whole state
+    # ("all"), all but the optimizer's ("no_optimizer"), or the parameters alone, from step 0 ("parameters").
+    fork: str = ""
+    fork_state: Literal["all", "no_optimizer", "parameters"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig(Section):
+    """What a run does about steps that go wrong, and about processes that do not answer."""
+
+    skip: bool = True  # steps whose loss or gradient is not finite, or spikes, leave the parameters as they were
+    window: int = limited(128, minimum=16, maximum=4096)  # good steps that say what is usual, once half are there
+    threshold: float = limited(20.0, above=0)  # a spike: so many robust standard deviations above the window's median
+    patience: int = limited(10, minimum=1)  # skipped steps in a row after which the run rewinds
+    max_rewinds: int = limited(3, minimum=0, maximum=16)  # after which it gives up
+    step_timeout: float = limited(1800.0, minimum=0)  # seconds after which a step is stuck; 0: never
+    peer_timeout: float = limited(60.0, minimum=2)  # seconds after which a process that does not answer is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +281,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -365,13 +386,11 @@ def call_config_file(argument: str | os.PathLike, function: str) -> Mapping[str,
 
 def _config_of_run(path: str) -> ConfigDict:
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:
             values = json.load(file)["config"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return _config_dict(Config.from_dict(values).to_dict())
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f'config file "{path}" is not the config.json of a workdir.') from None
-    config = default_config()
-    config.update(_config_dict(values))
-    return config
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -7,6 +7,20 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can mend: its message is one clear sentence, and the process exits with code 2."""
 
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A run that does not get better by being started again: its message says what was tried."""
+
+    exit_code = 1
+
+
+class Unresponsive(UserError):
+    """A process of the run, or a step of this one, does not answer: the same command goes on from the last save."""
+
+    exit_code = 75
+
 
 def suggest(name: str, choices: Iterable[str]) -> str:
     """The tail of a sentence about an unknown `name`: the nearest of `choices`, if one is near, and all of them."""

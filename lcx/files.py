@@ -1,8 +1,10 @@
 """Files written whole or not at all, and JSON that carries its `format_version`."""
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,88 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version!r}; this version of lcx reads {FORMAT_VERSION}.")
     return values
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that only grows.
+
+    Locally it is appended to. Object storage knows no appends: there the lines lie in numbered parts beside the path,
+    `metrics.jsonl.00000` and so on, of which the last one is put again with each line. `read_lines` reads both.
+    """
+
+    PART = 256  # lines
+
+    def __init__(self, path: epath.PathLike):
+        """Opens the file, which need not exist yet. Raises OSError."""
+        self.path = epath.Path(path)
+        self._file, self._lines = None, []
+        if is_local(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab", buffering=0)  # a line is a write: nothing is left to fail at the end
+        else:
+            self._number = max((int(part.name[-5:]) for part in line_files(self.path)), default=-1) + 1
+
+    def append(self, values: Mapping[str, Any], durably: bool = False) -> None:
+        """Adds {"format_version": 1, **values}; `durably`: it survives a power loss, too.
+
+        Raises OSError, or ValueError where a number is not finite.
+        """
+        text = json.dumps({"format_version": FORMAT_VERSION, **values}, allow_nan=False).encode() + b"\n"
+        if self._file is not None:
+            if self._file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durably:
+                os.fsync(self._file.fileno())
+            return
+        if len(self._lines) == self.PART:
+            self._number, self._lines = self._number + 1, []
+        self._lines.append(text)
+        write_bytes(self.path.parent / f"{self.path.name}.{self._number:05}", b"".join(self._lines))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def line_files(path: epath.PathLike) -> list[epath.Path]:
+    """The files that hold the lines of a `JsonLines`, in order: the file itself, or its parts."""
+    path = epath.Path(path)
+    if is_local(path) or not path.parent.exists():
+        return [path] if path.exists() else []
+    part = re.compile(re.escape(path.name) + r"\.\d{5}")
+    return sorted((file for file in path.parent.iterdir() if part.fullmatch(file.name)), key=lambda file: file.name)
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The objects of a `JsonLines`, which another process may be writing to. What is no whole line of it is left out:
+    a kill, or a full disk, may have torn one. Raises OSError."""
+    lines = (line for file in line_files(path) for line in file.read_bytes().splitlines(keepends=True))
+    return [values for line in lines if (values := _line_values(line)) is not None]
+
+
+def cut_lines(path: epath.PathLike, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a `JsonLines`, if it is there, without the lines that are not to be kept and without torn ones."""
+    for file in reversed(line_files(path)):
+        data = file.read_bytes()
+        values = [(line, _line_values(line)) for line in data.splitlines(keepends=True)]
+        kept = b"".join(line for line, value in values if value is not None and keep(value))
+        if kept != data:
+            write_bytes(file, kept)
+
+
+def _line_values(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line; None for any other bytes."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether it names a file in a folder, and cannot lead out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def is_local(path: epath.PathLike) -> bool:

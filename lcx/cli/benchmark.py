@@ -79,6 +79,12 @@ def _hardware(values: Any) -> Parts:
     return (partial(hardware_results, Config.from_dict(config), profile),)
 
 
+def _health(_: Any) -> Parts:
+    from lcx.cli.benchmark_health import health_results  # likewise
+
+    return (health_results,)
+
+
 # Each takes the values of the flags, and gives its parts.
 SUITES = {
     "kernels": _kernels,
@@ -86,6 +92,7 @@ SUITES = {
     "decode": _decode,
     "scaling": _scaling,
     "compile": _compile,
+    "health": _health,
     "hardware": _hardware,
 }
 

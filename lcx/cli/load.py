@@ -95,4 +95,4 @@ def read_config(folder: epath.Path) -> Config:
 
 
 def _is_run(folder: epath.Path) -> bool:
-    return "format_version" in (folder / "config.json").read_text()
+    return b"format_version" in (folder / "config.json").read_bytes()

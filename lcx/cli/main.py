@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb_main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     """The exit code of `verb_main(argv)`.
 
-    2 with the message on stderr for a UserError, 0 with the text on stdout for `--help`, 1 for an interrupt that the
-    verb did not answer by saving. Any other exception goes through: a traceback, and exit code 1.
+    The error's own code with the message on stderr for a UserError (2, unless it says otherwise), 0 with the text on
+    stdout for `--help`, 1 for an interrupt that the verb did not answer by saving. Any other exception goes through: a
+    traceback, and exit code 1.
     """
     try:
         return verb_main(list(argv))
@@ -41,7 +42,7 @@ def run(verb_main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)
         return 1

@@ -24,40 +24,52 @@ from lcx.parallel import processes
 from lcx.params import count_parameters
 from lcx.planning import mfu
 from lcx.planning.hardware import peak_flops
+from lcx.training.beginning import with_beginning
 from lcx.training.checkpointing import Checkpoints
-from lcx.training.preemption import interrupted, run_interruptible
+from lcx.training.heartbeats import Peers
+from lcx.training.preemption import interrupted, run_interruptible, stop_at
+from lcx.training.quarantine import Quarantine
 from lcx.training.telemetry import Silence, Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, begin_from, fit, make_programs, program_at
+from lcx.training.trainer import Program, fit, make_programs, program_at
+from lcx.training.watchdog import Watchdog
 from lcx.training.workdir import Workdir, open_workdir
 
 YARDSTICK = 2**28  # tokens of each source of prepared data that the bigram model is counted on
 PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the model writes after them
 
 
-def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
-    """See `lcx.cli.train.train`."""
+def run(config: Config | Mapping[str, Any], workdir: str, deadline: float | None = None) -> dict[str, Any]:
+    """See `lcx.cli.train.train`. deadline: seconds since 1970, at which all must be saved."""
     config = Config.from_dict(config)
     processes.join()
     interrupted.patient = jax.process_count() > 1
     use_compilation_cache()
     programs = make_programs(config)
-    corpus = data.check_data(config)
+    corpus = run_interruptible(lambda: data.check_data(config))
     processes.check_same({"code of lcx": code_fingerprint(), "config": config.to_dict(), "data": corpus.fingerprint})
     with ExitStack() as stack:
         lock = open_workdir(workdir, config.to_dict(), {"data": corpus.fingerprint})
         processes.on_first(lambda: stack.enter_context(lock) and None)
         folder = Workdir.at(workdir)
+        peers = Peers(folder.heartbeats, jax.process_index(), jax.process_count(), config.health.peer_timeout)
+        stack.enter_context(peers.watching())
         speaker()(describe(programs, corpus, folder), flush=True)
         heldout = HeldOut(config)
         rows = [program.rows for program in programs]
-        first, *rest = programs
-        programs = begin_from(first, folder.imported), *rest
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, say=print)
+        programs = with_beginning(programs, folder.imported)
+        keep = config.checkpoint
+        checkpoints = Checkpoints(folder.checkpoints, keep.keep, print, keep.keep_every, keep.keep_best)
+        watchdog = Watchdog(config.health.step_timeout)
+        if deadline is not None:
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs[0].abstract))
+            stop_at(deadline, lambda: checkpoints.seconds_to_save(size) + watchdog.slowest_step)
         try:
             state = fit(
                 programs,
                 checkpoints,
+                Quarantine(folder.path, lambda data_index: data.documents_of(config, data_index), speaker()),
+                watchdog,
                 telemetry=lambda step: report(config, folder, step),
                 batches=lambda data_index: data.read_ahead(config, data_index, rows),
                 evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},

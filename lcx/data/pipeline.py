@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,20 @@ def batch(config: Config | Mapping, data_index: int, rows: Sequence[int] | None 
     made = make_batch(pieces, train.sequence_length, row_index)
     made["loss_weights"] *= loss_weights
     return made
+
+
+def documents_of(config: Config | Mapping, data_index: int) -> list[dict[str, Any]]:
+    """Which documents the batch of an index is read from: {"source", "documents"} of each of its rows."""
+    config = _as_config(config)
+    stage = stage_at(config, data_index)
+    mixed = load_mixture(config, stage.number)
+    rows = np.arange(stage.config.train.batch_size)
+    chosen, numbers = mixed.assign(data_index - stage.first_index, rows)
+    datasets = [mixed.datasets[number] for number in chosen.tolist()]
+    return [
+        {"source": dataset.name, "documents": dataset.packer.names(number)}
+        for dataset, number in zip(datasets, numbers.tolist(), strict=True)
+    ]
 
 
 def _as_config(config: Config | Mapping) -> Config:

@@ -29,6 +29,9 @@ class Packer(Protocol):
     def rows(self, numbers: np.ndarray) -> Sequence[Sequence[Piece]]:
         """The pieces of each row; numbers int64 from 0, without end."""
 
+    def names(self, number: int) -> list[str]:
+        """The documents that a row is read from, in order, as people know them."""
+
 
 @dataclass(frozen=True)
 class EndToEnd:
@@ -45,9 +48,17 @@ class EndToEnd:
         places = permute_rows(numbers, self.documents.total, stride, self.seed) * stride
         return [[self._row(int(place))] for place in places]
 
+    def names(self, number: int) -> list[str]:
+        """See Packer."""
+        stride = row_stride(self.length, self.start_token)
+        place = int(permute_rows(np.array([number]), self.documents.total, stride, self.seed)[0]) * stride
+        return _names(self.documents, self._spans(place).documents)
+
     def _row(self, place: int) -> Piece:
-        piece = read_piece(self.documents, stream_spans(self.documents, self.seed, place, place + self.length + 1))
-        return cut_row(piece, self.length, self.start_token)
+        return cut_row(read_piece(self.documents, self._spans(place)), self.length, self.start_token)
+
+    def _spans(self, place: int) -> Spans:
+        return stream_spans(self.documents, self.seed, place, place + self.length + 1)
 
 
 def permute_rows(rows: np.ndarray, total: int, stride: int, seed: int) -> np.ndarray:
@@ -76,11 +87,19 @@ class BestFit:
 
     def rows(self, numbers: np.ndarray) -> list[list[Piece]]:
         """See Packer."""
+        return [[self._piece(*span) for span in self.plan.row(int(row))] for row in self._planned(numbers)]
+
+    def names(self, number: int) -> list[str]:
+        """See Packer."""
+        (row,) = self._planned(np.array([number]))
+        return _names(self.documents, [document for document, _, _ in self.plan.row(int(row))])
+
+    def _planned(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of the plan."""
         epochs, within = np.divmod(numbers, len(self.plan))
         keys = {epoch: make_key("rows", self.seed, epoch) for epoch in sorted(set(epochs.tolist()))}
         key = np.array([keys[epoch] for epoch in epochs.tolist()], np.uint64)
-        planned = permute(within, len(self.plan), key) if len(numbers) else within
-        return [[self._piece(*span) for span in self.plan.row(int(row))] for row in planned]
+        return permute(within, len(self.plan), key) if len(numbers) else within
 
     def _piece(self, document: int, start: int, count: int) -> Piece:
         spans = Spans(*(np.array([value], np.int64) for value in (document, start, count + 1)))
@@ -105,15 +124,30 @@ class Lanes:
         """See Packer."""
         return [self._row(*divmod(int(number), self.lanes)) for number in numbers]
 
+    def names(self, number: int) -> list[str]:
+        """See Packer."""
+        spans = [spans for spans, _ in self._spans(*divmod(number, self.lanes))]
+        return _names(self.documents, np.concatenate([found.documents for found in spans]))
+
     def _row(self, step: int, lane: int) -> list[Piece]:
+        spans = self._spans(step, lane)
+        return [
+            read_piece(self.documents, found, position=min(int(found.starts[0]), within)) for found, within in spans
+        ]
+
+    def _spans(self, step: int, lane: int) -> list[tuple[Spans, int]]:
+        """What a row is read from, and how far in its lane each part begins: one for each epoch that it touches."""
         total = self.documents.total
         first, last = lane * total // self.lanes, (lane + 1) * total // self.lanes
-        place, end, pieces = step * self.length, (step + 1) * self.length, []
+        place, end, found = step * self.length, (step + 1) * self.length, []
         while place < end:
             epoch, within = divmod(place, last - first)
             count = min(end - place, last - first - within)
             start = epoch * total + first + within
-            spans = stream_spans(self.documents, self.seed, start, start + count + 1)
-            pieces.append(read_piece(self.documents, spans, position=min(int(spans.starts[0]), within)))
+            found.append((stream_spans(self.documents, self.seed, start, start + count + 1), within))
             place += count
-        return pieces
+        return found
+
+
+def _names(documents: Collection, numbers: Sequence[int] | np.ndarray) -> list[str]:
+    return [documents.name(int(number)) for number in dict.fromkeys(map(int, numbers))]

@@ -26,7 +26,7 @@ from lcx.data.documents import LONGEST
 from lcx.data.readers import Record
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
-from lcx.files import cache_folder, read_json, write_json
+from lcx.files import cache_folder, is_file_name, read_json, write_json
 
 MANIFEST = "manifest.json"
 KIND = "lcx tokens"
@@ -141,6 +141,9 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     except (OSError, UserError):
         known = {}
     stated = {name: entry for shard in manifest["shards"] for name, entry in shard["files"].items()}
+    for name in [*stated, *(shard["name"] for shard in manifest["shards"])]:
+        if not is_file_name(name):
+            raise UserError(f"{folder / MANIFEST} names {name!r}, which is no file of its folder.")
     wanted, stamps = [], {}
     for name, entry in stated.items():
         try:

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lcx.files import write_bytes
+from lcx.files import read_lines, write_bytes
 
 SMOOTHING = 0.05  # share of the curve over which the smoothed line averages
 
@@ -31,7 +30,7 @@ def plot_loss(
       baselines: horizontal lines, name to bits per token.
       heldout: further held-out losses, step to bits per token.
     """
-    lines = _complete_lines(metrics_path)
+    lines = read_lines(metrics_path)
     trained = _bits_by_step(lines, "loss")
     scored = _bits_by_step(lines, "heldout_loss") | dict(heldout or {})
 
@@ -58,15 +57,10 @@ def plot_loss(
     write_bytes(png_path, buffer.getvalue())
 
 
-def _complete_lines(metrics_path: epath.PathLike) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, which another process may be writing to: a line without its end does not count."""
-    *lines, _ = epath.Path(metrics_path).read_text().split("\n")
-    return [json.loads(line) for line in lines]
-
-
 def _bits_by_step(lines: list[dict[str, Any]], field: str) -> dict[int, float]:
     """A field in nats, in bits by step, where it is a number."""
-    return {line["step"]: line[field] / math.log(2) for line in lines if line.get(field) is not None}
+    there = (line for line in lines if isinstance(line.get(field), int | float) and isinstance(line.get("step"), int))
+    return {line["step"]: line[field] / math.log(2) for line in there}
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import safetensors
 from etils import epath
 
 from lcx.errors import UserError
+from lcx.files import is_file_name
 from lcx.interop.tables import Shape
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
@@ -131,10 +132,13 @@ def _files(folder: epath.Path) -> list[str]:
         return [SINGLE]
     if (folder / INDEX).exists():
         try:
-            files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            files = list(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{folder / INDEX} is damaged: it is not an index of safetensors files.") from None
-        return sorted(files)
+        for file in files:
+            if not is_file_name(file):
+                raise UserError(f"{folder / INDEX} names {file!r}, which is no file of its folder.")
+        return sorted(set(files))
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     hint = f" (lcx does not read {others[0]}: save the model as safetensors)" if others else ""
     raise UserError(f"{folder} has no {SINGLE} and no {INDEX}{hint}.")

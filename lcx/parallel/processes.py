@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
+from lcx import errors
 from lcx.errors import UserError
 
 # What says, in the environment of a process, how many there are: of launch/local.py, SLURM and Open MPI. Of the last
@@ -76,10 +77,10 @@ def on_first(function: Callable[[], Any]) -> Any:
         try:
             outcome["value"] = function()
         except UserError as error:
-            outcome["error"] = str(error)
+            outcome["error"], outcome["kind"] = str(error), type(error).__name__
     outcome = json.loads(_from_first(json.dumps(outcome).encode()))
     if "error" in outcome:
-        raise UserError(outcome["error"])
+        raise getattr(errors, outcome["kind"], UserError)(outcome["error"])
     return outcome["value"]
 
 

@@ -5,15 +5,17 @@
 
 The order makes a kill at any moment harmless. A checkpoint comes: folder under a temporary name, rename, manifest. An
 old one goes, only after the manifest of a new one: manifest, then folder. So whatever has no manifest is a remnant, and
-the next start removes it.
+the next start removes it. On object storage, which knows no rename, nothing but the manifest's one put decides.
 """
 
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -26,12 +28,19 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from lcx.errors import UserError
-from lcx.files import is_local, read_json, sync, temporary_name, write_json
+from lcx.files import is_local, read_json, sync, temporary_name, write_bytes, write_json
 from lcx.parallel import processes
 from lcx.params import path_name
 
 Tree = Any  # a pytree of arrays
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+BYTES_PER_SECOND = 50e6  # at which a state is taken to be saved, before that was measured
+# What a user can mend of a save that failed: the error, what it means, what to do.
+MENDABLE = (
+    (DISK_FULL, "the disk is full", "free some space"),
+    (NOT_WRITABLE, "the workdir cannot be written any more", "make it writable"),
+)
 STEP = re.compile(r"\d+")
 MANIFEST = re.compile(r"(\d+)\.manifest\.json")
 REMNANT = re.compile(r"\d+\.orbax-checkpoint-tmp.*|" + temporary_name(MANIFEST.pattern))
@@ -47,17 +56,27 @@ class Checkpoints:
     methods are called by all of them in the same order.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        keep: int,
+        say: Callable[[str], None] = print,
+        keep_every: int = 0,
+        keep_best: int = 0,
+    ):
         """Cleans the folder of what a killed run left, then opens it.
 
         Args:
           folder: made where it is not there. No other run may use it.
           keep: how many of the newest checkpoints stay.
           say: is told, in one sentence, of a checkpoint that is damaged.
+          keep_every: checkpoints of the multiples of so many steps stay as well; 0: none.
+          keep_best: so many with the lowest score stay as well.
         """
         self._folder = _absolute(folder)
-        self._keep = keep
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._say = say
+        self._slowest_save: float | None = None
         processes.on_first(self._open)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -71,17 +90,41 @@ class Checkpoints:
         """The step of the newest committed checkpoint, if there is one."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Tree) -> None:
+    def save(self, step: int, state: Tree, score: float | None = None, in_streak: bool = False) -> None:
         """Starts to save `state` as the checkpoint of `step` and returns as soon as its arrays may be donated.
 
         Waits first until the save before it is committed, and raises what that one met (see `wait`). A step that has a
         checkpoint raises ValueError. Arrays of size 0 cannot be saved.
+
+        score: what `keep_best` chooses by. in_streak: the steps before it were bad, so that the run may have to go back
+        to the checkpoint before them, which stays.
         """
         self.wait()
+        began = time.monotonic()
         with self._explaining(step):
             args = ocp.args.StandardSave(state, save_args=jax.tree.map(_storage, state))
             self._orbax.save(self._folder / str(step), args=args)
-        self._saving = self._thread.submit(self._commit, step)
+        facts = {"in_streak": True} if in_streak else {}
+        if score is not None and math.isfinite(score):
+            facts["score"] = score
+        self._saving = self._thread.submit(self._commit, step, began, facts)
+
+    def seconds_to_save(self, state_bytes: int) -> float:
+        """What a save takes, at most, as far as is known: of this process, else of the newest one's before it, else
+        guessed from the size of the state."""
+        if self._slowest_save is not None:
+            return self._slowest_save
+        for step in reversed(self.steps()):
+            seconds = self._fact(step, "seconds")
+            if isinstance(seconds, int | float):
+                return float(seconds)
+        return 5.0 + state_bytes / BYTES_PER_SECOND
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, which a rewind has given up; on the first process alone."""
+        for later in self.steps():
+            if later > step:
+                self._remove(later)
 
     def wait(self) -> None:
         """Returns when everything is saved and committed.
@@ -134,7 +177,7 @@ class Checkpoints:
             self._set_aside(step, damage)
         return None
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, began: float, facts: dict[str, Any]) -> None:
         """In the thread: waits for orbax, writes the manifest, then lets old checkpoints go."""
         with self._explaining(step):
             self._orbax.wait_until_finished()  # for all processes: orbax lets them wait for each other
@@ -145,9 +188,35 @@ class Checkpoints:
                 for path in [*files.values(), *{path.parent for path in files.values()}]:
                     sync(path)
             fingerprints = {name: _fingerprint(path) for name, path in files.items()}
-            write_json(_manifest(self._folder, step), {"step": step, "files": fingerprints})
-            for old in self.steps()[: -self._keep]:
-                self._remove(old)
+            seconds = time.monotonic() - began
+            facts |= {"seconds": seconds}
+            write_json(_manifest(self._folder, step), {"step": step, "files": fingerprints, **facts})
+            self._slowest_save = max(self._slowest_save or 0.0, seconds)
+            stay = self._staying()
+            for old in self.steps():
+                if old not in stay:
+                    self._remove(old)
+
+    def _staying(self) -> set[int]:
+        """The steps whose checkpoints stay."""
+        steps = self.steps()
+        stay = set(steps[-self._keep :])
+        sound = (step for step in reversed(steps) if not self._fact(step, "in_streak"))
+        stay |= {next(sound, steps[-1])}
+        if self._keep_every:
+            stay |= {step for step in steps if step % self._keep_every == 0}
+        if self._keep_best:
+            scores = {step: self._fact(step, "score") for step in steps}
+            scored = sorted((score, -step) for step, score in scores.items() if isinstance(score, int | float))
+            stay |= {-step for _, step in scored[: self._keep_best]}
+        return stay
+
+    def _fact(self, step: int, name: str) -> Any:
+        """What the manifest of a step says under a name, if it can be read and does."""
+        try:
+            return read_json(_manifest(self._folder, step)).get(name)
+        except UserError:
+            return None
 
     def _remove(self, step: int) -> None:
         _manifest(self._folder, step).unlink()
@@ -161,8 +230,16 @@ class Checkpoints:
         if aside.exists():
             aside.rmtree()
         # The folder first: the other way round, a kill in between would leave a folder without manifest, to be removed.
-        folder.rename(aside)
-        _manifest(self._folder, step).replace(self._folder / f"{step}.damaged.manifest.json")
+        manifest, manifest_aside = _manifest(self._folder, step), self._folder / f"{step}.damaged.manifest.json"
+        if is_local(self._folder):
+            folder.rename(aside)
+            manifest.replace(manifest_aside)
+        else:  # the manifest last here: without it the folder would be a remnant
+            for name, path in _files(folder).items():
+                write_bytes(aside / name, path.read_bytes())
+            write_bytes(manifest_aside, manifest.read_bytes())
+            manifest.unlink()
+            folder.rmtree()
 
     @contextmanager
     def _explaining(self, step: int) -> Iterator[None]:
@@ -170,13 +247,14 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not _disk_full(error):
+            what = next((what for numbers, *what in MENDABLE if _is_of(error, numbers)), None)
+            if what is None:
                 raise
             latest = self.latest()
             kept = "no checkpoint was saved before" if latest is None else f"the checkpoint of step {latest} is whole"
             raise UserError(
-                f"the disk is full: the checkpoint of step {step} could not be written to {self._folder}; {kept}: "
-                "free some space and give the same command again."
+                f"{what[0]}: the checkpoint of step {step} could not be written to {self._folder}; {kept}: "
+                f"{what[1]} and give the same command again."
             ) from error
 
 
@@ -196,6 +274,24 @@ def read_newest(
     """
     step = newest(folder, say)
     return None if step is None else (step, _load(_absolute(folder), step, abstract_part, partial=True))
+
+
+def read_step(folder: epath.PathLike, step: int, abstract: Tree, partial: bool = False) -> Tree:
+    """What `abstract` describes of the checkpoint of a step, all of it unless `partial`; changes nothing.
+
+    Raises UserError where it is of another model. Whether it is whole, `check_whole` tells.
+    """
+    return _load(_absolute(folder), step, abstract, partial)
+
+
+def check_whole(folder: epath.PathLike, step: int) -> None:
+    """Raises UserError unless the step has a whole checkpoint."""
+    folder = _absolute(folder)
+    if step not in _steps(folder):
+        steps = ", ".join(map(str, _steps(folder))) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}.")
+    if damage := _damage(folder, step):
+        raise UserError(f"the checkpoint of step {step} in {folder} is damaged ({damage}); choose another step.")
 
 
 def newest(folder: epath.PathLike, say: Callable[[str], None] = print) -> int | None:
@@ -223,11 +319,7 @@ class ParameterReader:
         Raises UserError where there is no such checkpoint, where it is damaged, or of another model.
         """
         folder = _absolute(folder)
-        if step not in _steps(folder):
-            steps = ", ".join(map(str, _steps(folder))) or "none"
-            raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}.")
-        if damage := _damage(folder, step):
-            raise UserError(f"the checkpoint of step {step} in {folder} is damaged ({damage}); choose another --step.")
+        check_whole(folder, step)
         _check_model(folder, step, {"params": shapes}, partial=True)
         self._base = os.fspath(folder / str(step))
         self._shapes = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
@@ -306,9 +398,11 @@ def _check_model(folder: epath.Path, step: int, abstract: Tree, partial: bool) -
     for name in [*wanted, *unwanted]:  # orbax would restore float32 as int32 without a word
         there, here = _describe(saved.get(name)), _describe(wanted.get(name))
         if there != here:
+            what = {"opt_state": "optimizer", "health": "health.window or health.skip"}.get(name[0], "model")
             raise UserError(
-                f"the checkpoint of step {step} in {folder} is of another model: {'/'.join(name)} is {there} there "
-                f"and {here} here; use the config that it was trained with, or another workdir."
+                f"the checkpoint of step {step} in {folder} is of another {what}: {'/'.join(name)} is {there} there "
+                f"and {here} here; use the config that it was trained with, or another workdir (which may begin with "
+                "a part of it: checkpoint.fork, checkpoint.fork_state)."
             )
 
 
@@ -347,10 +441,10 @@ def _describe(leaf: Any) -> str:
     return "absent" if leaf is None else f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
 
 
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one behind it, says that nothing more can be written; TensorStore says so only in words."""
+def _is_of(error: BaseException | None, numbers: Sequence[int]) -> bool:
+    """Whether the error, or one behind it, has one of these numbers; TensorStore says so only in words."""
     if error is None:
         return False
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if isinstance(error, OSError) and error.errno in numbers:
         return True
-    return any(os.strerror(number) in str(error) for number in DISK_FULL) or _disk_full(error.__cause__)
+    return any(os.strerror(number) in str(error) for number in numbers) or _is_of(error.__cause__, numbers)

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C.
+"""Being asked to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C, or a deadline that comes near.
 
 Imports the standard library alone, so that `install()` can run before the heavy imports. Python runs signal handlers
 between bytecodes of the main thread, so the main thread must not sit in one long call into C++: what takes long
@@ -7,14 +7,18 @@ between bytecodes of the main thread, so the main thread must not sit in one lon
 
 import os
 import queue
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
 DONE = object()  # what `run_interruptible` waits for
+MARGIN = 5.0  # seconds between a save and the deadline: for the process to end, and for what was not measured
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -67,6 +71,38 @@ def _handle(number: int, frame: Any) -> None:
             os.write(2, f"\n{name}: saving and leaving.\n".encode())
         except OSError:
             pass  # nobody reads standard error
+
+
+def stop_at(deadline: float, needed: Callable[[], float]) -> None:
+    """Sets `interrupted` as soon as what is left until the deadline is what a save needs, and some seconds.
+
+    Args:
+      deadline: seconds since 1970.
+      needed: how long the process goes on after being asked to stop, in seconds, as far as is known now.
+    """
+
+    def wait() -> None:
+        while not interrupted.is_set():
+            left = deadline - time.time() - needed() - MARGIN
+            if left <= 0:
+                interrupted.set("--stop_at")
+                print(f"\n--stop_at: a save needs up to {needed():.1f} seconds: saving and leaving.", flush=True)
+                return
+            time.sleep(min(left, 1.0))
+
+    threading.Thread(target=wait, name="deadline", daemon=True).start()
+
+
+def parse_deadline(text: str, now: float) -> float:
+    """Seconds since 1970 of "2026-11-22T18:00" (in local time, or with an offset or Z), of "+90", "+90m", "+1h30m" from
+    now on, or of a number of seconds since 1970, as SLURM_JOB_END_TIME has it. Raises ValueError for anything else."""
+    if text.startswith("+"):
+        units = re.fullmatch(r"\+(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+        if units is None:
+            raise ValueError(text)
+        days, hours, minutes, seconds = (int(unit or 0) for unit in units.groups())
+        return now + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return float(text) if text.isdigit() else datetime.fromisoformat(text).timestamp()
 
 
 def run_interruptible(function: Callable[[], Result]) -> Result:

@@ -1,9 +1,6 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, and a progress bar or plain lines on the console."""
 
-import errno
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lcx.errors import UserError
-from lcx.files import FORMAT_VERSION, write_bytes
+from lcx.files import JsonLines, cut_lines, is_local
 
 # What each line of metrics.jsonl has; more scalars may follow. Each line carries the format_version, so that a line
 # taken out of its file still says what it is.
@@ -29,7 +26,7 @@ FIELDS = (
     "learning_rate",
     "grad_norm",  # before clipping
     "mfu",  # None where the hardware's peak is not known
-    "skipped",
+    "skipped",  # 1 where the step was bad and changed nothing, else 0; such a step is always logged
     "batch_hash",
 )
 
@@ -56,10 +53,9 @@ class Telemetry:
         """
         console = console or Console()
         cut_back(metrics, restored_step)
-        self._path = epath.Path(metrics)
-        self._file = open(self._path, "ab", buffering=0)  # a line is a write: nothing is left to fail when it is closed
+        self._lines = JsonLines(metrics)
         self._tensorboard = None
-        if tensorboard is not None:
+        if tensorboard is not None and is_local(tensorboard):  # its files are appended to
             from tensorboardX import SummaryWriter  # half a second, and not always wanted
 
             self._tensorboard = SummaryWriter(str(tensorboard), purge_step=restored_step + 1)
@@ -83,8 +79,11 @@ class Telemetry:
         if missing:
             raise ValueError(f"metrics lack {', '.join(missing)}")
         names = [*FIELDS, *(name for name in metrics if name not in FIELDS)]
-        values = {name: _plain(metrics[name]) for name in names}
-        self._append(json.dumps({"format_version": FORMAT_VERSION, **values}, allow_nan=False).encode() + b"\n")
+        values = {name: plain(metrics[name]) for name in names}
+        try:
+            self._lines.append(values)
+        except OSError as error:
+            raise UserError(f"{self._lines.path} cannot be written: {error.strerror}.") from error
         if self._tensorboard is not None:
             self._log_tensorboard(values, histograms or {})
         self._display.log(values)
@@ -96,7 +95,7 @@ class Telemetry:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._display.close()
-        self._file.close()
+        self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -105,13 +104,6 @@ class Telemetry:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def _append(self, line: bytes) -> None:
-        try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from error
 
     def _log_tensorboard(self, values: Mapping[str, Any], histograms: Mapping[str, np.ndarray]) -> None:
         step = values["step"]
@@ -139,24 +131,14 @@ class Silence:
 
 def cut_back(path: epath.PathLike, step: int) -> None:
     """Rewrites metrics.jsonl at `path`, if it is there, without the lines after `step` and without torn ones."""
-    path = epath.Path(path)
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    kept = b"".join(line for line in data.splitlines(keepends=True) if _step_of(line) <= step)
-    if kept != data:
-        write_bytes(path, kept)
+
+    def keep(line: Mapping[str, Any]) -> bool:
+        return isinstance(line.get("step"), int) and line["step"] <= step
+
+    cut_lines(path, keep)
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for a line that a kill or a full disk tore."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A scalar of Python, NumPy or JAX as JSON has it: float32 exactly, NaN and infinities as None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from lcx.config import Config
 from lcx.models import LanguageModel
 from lcx.parallel.sharding import Rules, parameter_shardings, rules_of
 from lcx.params import declarations, split
+from lcx.training import health
 from lcx.training.carried_state import abstract_carried, empty
 
 
@@ -27,6 +28,7 @@ class TrainState:
     data_index: jax.Array  # int32 []: the next batch's index
     rng: jax.Array  # typed key []
     carried: dict = field(default_factory=dict)  # what rows carry on: see lcx.training.carried_state
+    health: dict = field(default_factory=dict)  # what is usual, and what is stepped over: see lcx.training.health
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def abstract_state(
         data_index=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         rng=place(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
         carried=abstract_carried(config, plan.model(plan.shapes), mesh, plan.rules),
+        health=jax.tree.map(
+            lambda leaf: place(leaf, everywhere), jax.eval_shape(lambda: health.initial(config.health))
+        ),
     )
 
 
@@ -94,7 +99,8 @@ def create_state(
             _, params = split(LanguageModel(config.model, nnx.Rngs(config.train.seed)))
         zero = jnp.zeros((), jnp.int32)
         rng = jax.random.key(config.train.seed)
-        return TrainState(params, optimizer.init(params), zero, zero, rng, empty(abstract.carried))
+        carried = empty(abstract.carried)
+        return TrainState(params, optimizer.init(params), zero, zero, rng, carried, health.initial(config.health))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)

@@ -1,6 +1,7 @@
 """One step of training, as a pure function of the state and a batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from lcx.config import Config
 from lcx.models.cross_entropy import token_losses
 from lcx.parallel.sharding import constrain
 from lcx.params import path_name
+from lcx.training import health
 from lcx.training.carried_state import cut, enter, join, leave
 from lcx.training.schedules import schedule_shape
 from lcx.training.train_state import Blueprint, TrainState
@@ -23,7 +25,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (next state, metrics), to be jitted with the state donated.
 
-    Metrics are scalars, but for "histograms": arrays of the mixers' by name, shown as such.
+    Metrics are scalars, but for "histograms": arrays of the mixers' by name, shown as such, and "limits": why a step
+    was skipped, of lcx.training.health. A skipped step advances the counters alone.
     """
     shape = schedule_shape(config.optimizer, config.train.steps)
     differentiate = make_gradients(config, plan)
@@ -31,18 +34,33 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         before = enter(state.carried, state.data_index)
         gradients, metrics, after = differentiate(state.params, batch, before)
+        grad_norm = optax.tree.norm(gradients)
+        bad, judged, limits = health.judge(config.health, state.health, state.data_index, metrics["loss"], grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        carried = leave(state.carried, after, state.data_index)
         metrics = metrics | {
             "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.int32),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": config.optimizer.learning_rate * shape(state.step),
+            "grad_norm": grad_norm,
+            "learning_rate": config.optimizer.learning_rate * shape(updates_made(state.opt_state)),
+            "skipped": bad.astype(jnp.int32),
+            "limits": limits,
             "batch_hash": batch_hash(batch),
         }
-        carried = leave(state.carried, after, state.data_index)
-        return TrainState(params, opt_state, state.step + 1, state.data_index + 1, state.rng, carried), metrics
+        kept = (params, opt_state, carried)
+        if limits:
+            kept = health.choose(bad, (state.params, state.opt_state, state.carried), kept)
+        params, opt_state, carried = kept
+        data_index = health.index_from(state.data_index + 1, judged)
+        return TrainState(params, opt_state, state.step + 1, data_index, state.rng, carried, judged), metrics
 
     return step
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """The updates that the schedule has counted, int32 []: steps, but for those that were skipped."""
+    is_count = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    return next(node.count for node in jax.tree.leaves(opt_state, is_leaf=is_count) if is_count(node))
 
 
 def make_gradients(config: Config, plan: Blueprint) -> Callable[..., tuple[dict, Metrics, dict | None]]:

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.config import Config, remat_chunk
@@ -17,14 +16,17 @@ from lcx.parallel import processes
 from lcx.parallel.mesh import make_mesh
 from lcx.parallel.sharding import Rules, activation_sharding, batch_shards, on_mesh, shards, spec
 from lcx.stages import Stage
+from lcx.training import health
 from lcx.training.carried_state import empty
-from lcx.training.checkpointing import Checkpoints, read_newest
+from lcx.training.checkpointing import Checkpoints
 from lcx.training.optimizers import make_optimizer
 from lcx.training.preemption import Interrupted, interrupted, run_interruptible
+from lcx.training.quarantine import BadStreak, Quarantine
 from lcx.training.stages import model_stages
-from lcx.training.telemetry import Telemetry
+from lcx.training.telemetry import Telemetry, plain
 from lcx.training.train_state import Blueprint, TrainState, abstract_state, blueprint, create_state
 from lcx.training.train_step import make_train_step
+from lcx.training.watchdog import Watchdog
 
 HostBatch = dict[str, np.ndarray]
 Batches = Callable[[int], Generator[tuple[int, HostBatch]]]  # from a data_index on, without end
@@ -77,11 +79,14 @@ class Program:
         return on_mesh(self.mesh, self.blueprint.rules)
 
     def enter(self, state: TrainState) -> TrainState:
-        """The state of the stage before as this stage goes on with it: its rows carry nothing over."""
-        if not self.abstract.carried:
-            return state
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.carried)
-        return replace(state, carried=jax.jit(lambda: empty(self.abstract.carried), out_shardings=shardings)())
+        """The state of the stage before as this stage goes on with it: its rows carry nothing over, and what loss and
+        gradient are usual is seen anew."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.abstract.carried, self.abstract.health))
+        begin = jax.jit(
+            lambda known: (empty(self.abstract.carried), health.restart_window(known)), out_shardings=shardings
+        )
+        carried, judged = begin(state.health)
+        return replace(state, carried=carried, health=judged)
 
 
 BATCH_AXES = {name: ("batch", "time") for name in ("tokens", "targets", "segment_ids", "positions", "loss_weights")} | {
@@ -112,23 +117,6 @@ def _make_program(stage: Stage, mesh: jax.sharding.Mesh | None) -> Program:
     abstract = abstract_state(config, plan, optimizer, mesh)
     step = make_train_step(config, plan, optimizer)
     return Program(stage, mesh, plan, abstract, partial(create_state, config, optimizer, abstract), step)
-
-
-def begin_from(program: Program, folder: epath.PathLike) -> Program:
-    """The program of a run that begins with the parameters of a checkpoint in `folder`, where that is there.
-
-    Raises UserError, when the run is begun, for parameters of another model.
-    """
-    if not epath.Path(folder).exists():
-        return program
-
-    def create() -> TrainState:
-        found = read_newest(folder, {"params": program.abstract.params})
-        if found is None:
-            raise UserError(f"the imported parameters in {folder} are damaged: import them again.")
-        return program.create(found[1]["params"])
-
-    return replace(program, create=create)
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
@@ -173,6 +161,9 @@ def lower_step(program: Program) -> jax.stages.Lowered:
         return step.lower(program.abstract, batch)
 
 
+Utilisation = Callable[[Program, float], float | None]  # (the stage's program, tokens per second of all devices)
+
+
 def program_at(programs: Sequence[Program], data_index: int) -> Program:
     """The program of the stage that a data index lies in."""
     return next(program for program in reversed(programs) if program.stage.first_index <= data_index)
@@ -181,102 +172,184 @@ def program_at(programs: Sequence[Program], data_index: int) -> Program:
 def fit(
     programs: Sequence[Program],
     checkpoints: Checkpoints,
+    quarantine: Quarantine,
+    watchdog: Watchdog,
     telemetry: Callable[[int], Telemetry],
     batches: Batches,
     evaluate: Callable[[dict, Program], dict[str, float]],
-    mfu: Callable[[Program, float], float | None] = lambda program, tokens_per_second: None,
+    mfu: Utilisation = lambda program, tokens_per_second: None,
 ) -> TrainState:
     """Trains to train.steps, from the newest checkpoint if there is one.
 
     Args:
-      programs: what is trained, of each stage.
+      programs: what is trained, of each stage; the first one's `create` begins a run that has no checkpoint.
       checkpoints: of the run.
+      quarantine: what the run has skipped and steps over.
+      watchdog: is told of each step.
       telemetry: opens the run's reports from the step that it goes on from.
       batches: reads batches from a data_index on.
       evaluate: (parameters, the stage's program) to scalars for the step's line of metrics; called every
         evaluation.every steps.
-      mfu: (the stage's program, tokens per second of all devices) to the utilisation that is logged.
+      mfu: the utilisation that is logged.
 
     Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
-    of several processes all stop after the same step.
+    of several processes all stop after the same step. Raises RunFailed where steps stay bad after all rewinds.
     """
+    quarantine.finish(checkpoints)
+    compiled: dict[int, Callable] = {}  # by stage; a rewind compiles nothing again
+
+    def compile_step(program: Program) -> Callable:
+        if program.stage.number not in compiled:
+            compiled[program.stage.number] = run_interruptible(lambda: lower_step(program).compile())
+            processes.meet()
+        return compiled[program.stage.number]
+
+    while True:
+        try:
+            return _train(programs, checkpoints, quarantine, watchdog, telemetry, batches, evaluate, mfu, compile_step)
+        except BadStreak as error:
+            streak = error.with_traceback(None)  # its frames hold the state, which is about to be restored
+        quarantine.rewind(streak, checkpoints, programs[0].config.health.max_rewinds)
+
+
+def _train(
+    programs: Sequence[Program],
+    checkpoints: Checkpoints,
+    quarantine: Quarantine,
+    watchdog: Watchdog,
+    telemetry: Callable[[int], Telemetry],
+    batches: Batches,
+    evaluate: Callable[[dict, Program], dict[str, float]],
+    mfu: Utilisation,
+    compile_step: Callable[[Program], Callable],
+) -> TrainState:
+    """As `fit`, but raises BadStreak where the run has to rewind."""
     config = programs[0].config  # steps, and when to do what, are those of all stages
-    restored = checkpoints.restore(lambda data_index: program_at(programs, data_index).abstract)
-    saved, state = restored or (None, run_interruptible(programs[0].create))
-    step = saved or 0
+    saved, state = run_interruptible(lambda: _begin(programs, checkpoints, quarantine))
+    step = int(state.step)
     if step >= config.train.steps:
         return state
+    over, metrics, scores = jax.device_get(state.health), {}, {}
     program = program_at(programs, int(state.data_index))
-    train_step = run_interruptible(lambda: lower_step(program).compile())
-    processes.meet()
-    with telemetry(step) as report, closing(batches(int(state.data_index))) as reader:
+    train_step = compile_step(program)
+    with telemetry(step) as report, closing(batches(int(state.data_index))) as reader, watchdog.watching():
         if step:
             report.say(f"going on from step {step}")
-        log = _StepLog(config, report, mfu)
+        log = _StepLog(config, report, quarantine, mfu)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
         stopped = processes.any_asks(program.mesh, interrupted.is_set)
         while step < config.train.steps and not stopped():
             asked = time.perf_counter()
-            data_index, batch = next(reader)
+            data_index, batch = next(pair for pair in reader if health.index_from(pair[0], over) == pair[0])
             log.waited += time.perf_counter() - asked
             state, metrics = train_step(state, program.put(batch))
             if late:
                 log(*late)
             step += 1
-            scores = _scores(evaluate, state, program) if _due(step, config.evaluation.every) else {}
+            watchdog.beat(step)
+            scores = {}
+            if _due(step, config.evaluation.every):
+                with watchdog.paused():
+                    scores = _scores(evaluate, state, program)
             late = (step, data_index, metrics, scores, program)
-            following = program_at(programs, data_index + 1)
+            following = program_at(programs, int(health.index_from(data_index + 1, over)))
             if following is not program:
                 log(*late)
                 late, program = None, following
                 state = program.enter(state)  # before a checkpoint, which the next stage is restored from
                 if step < config.train.steps:
                     report.say(f"stage {program.stage.number} from data index {program.stage.first_index}: compiling")
-                    train_step = run_interruptible(lambda: lower_step(program).compile())  # noqa: B023
-                    processes.meet()
+                    with watchdog.paused():
+                        train_step = compile_step(program)
             if _due(step, config.checkpoint.every):
                 if late:
                     log(*late)  # before the checkpoint: a resumed run logs only what comes after it
-                checkpoints.save(step, state)
+                checkpoints.save(step, state, _score(config, metrics, scores), _in_streak(metrics))
                 saved, late = step, None
         if late:
             log(*late)
         if saved != step:
-            checkpoints.save(step, state)
+            checkpoints.save(step, state, _score(config, metrics, scores), _in_streak(metrics))
         checkpoints.wait()
     if step < config.train.steps:
         raise Interrupted(interrupted.signal_name or "another process was asked to stop")
     return state
 
 
-class _StepLog:
-    """Turns the metrics of steps into lines of the report."""
+def _begin(
+    programs: Sequence[Program], checkpoints: Checkpoints, quarantine: Quarantine
+) -> tuple[int | None, TrainState]:
+    """(the step that is saved, the state to go on from): of the newest checkpoint, or of a run that begins."""
+    restored = checkpoints.restore(lambda data_index: program_at(programs, data_index).abstract)
+    saved, state = restored or (None, programs[0].create())
+    if intervals := quarantine.intervals():
+        judged = health.step_over(jax.device_get(state.health), intervals)
+        data_index = health.index_from(jax.device_get(state.data_index), judged)
+        place = lambda value, leaf: jax.device_put(value, leaf.sharding)  # noqa: E731
+        judged = jax.tree.map(place, judged, state.health)
+        state = replace(state, health=judged, data_index=place(np.int32(data_index), state.data_index))
+    if restored is None and programs[0].config.checkpoint.fork:
+        saved = int(state.step)  # at once: what it was forked from may go on, and let its checkpoints go
+        checkpoints.save(saved, state)
+    return saved, state
 
-    def __init__(self, config: Config, report: Telemetry, mfu: Callable[[Program, float], float | None]):
-        self.config, self.report, self.mfu = config, report, mfu
+
+def _score(config: Config, metrics: dict[str, jax.Array], scores: dict[str, float]) -> float | None:
+    """What checkpoint.keep_best chooses by, where the step has it."""
+    value = (metrics | scores).get(config.checkpoint.best_metric)
+    return None if value is None or np.ndim(value) else float(value)
+
+
+def _in_streak(metrics: dict) -> bool:
+    """Whether the last step was skipped; without a step, no."""
+    return bool(metrics and metrics["skipped"])
+
+
+class _StepLog:
+    """Turns the metrics of steps into lines of the report, and finds what is wrong with them."""
+
+    def __init__(self, config: Config, report: Telemetry, quarantine: Quarantine, mfu: Utilisation):
+        self.config, self.report, self.quarantine, self.mfu = config, report, quarantine, mfu
         self.tokens, self.waited, self.logged_time = 0, 0.0, time.perf_counter()
 
     def __call__(
         self, step: int, data_index: int, metrics: dict[str, jax.Array], scores: dict[str, float], program: Program
     ) -> None:
-        """Waits for a step to end and logs it, if it is one of those that are."""
+        """Waits for a step to end and logs it, if it is one of those that are, or was skipped.
+
+        Raises BadStreak where it is the last of so many skipped ones that the run has to rewind.
+        """
         jax.block_until_ready(metrics)
         self.report.advance(step)
         config = self.config
         self.tokens += program.config.train.batch_size * program.config.train.sequence_length
-        if not (scores or step == config.train.steps or _due(step, config.logging.every)):
+        skipped = bool(metrics["skipped"])
+        if not (skipped or scores or step == config.train.steps or _due(step, config.logging.every)):
             return
         now = time.perf_counter()
         seconds = now - self.logged_time
         rate, data_wait = self.tokens / seconds, self.waited / seconds
         self.tokens, self.waited, self.logged_time = 0, 0.0, now
-        line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "skipped": 0}
-        line["mfu"] = self.mfu(program, rate)
+        line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": self.mfu(program, rate)}
         line["tokens_per_second_per_device"] = rate / jax.device_count()
         line["data_wait_per_second"] = data_wait  # seconds spent waiting for batches, of each since the last line
         values = jax.device_get(metrics)
-        histograms = values.pop("histograms")
+        histograms, limits = values.pop("histograms"), values.pop("limits")
         self.report.log(line | values | scores, histograms)
+        if skipped:
+            self._skipped(step, data_index, values, limits)
+
+    def _skipped(self, step: int, data_index: int, values: dict, limits: dict) -> None:
+        why = {name: plain(values[name]) for name in ("loss", "grad_norm")}
+        why |= {name: plain(limits[name]) for name in ("loss_limit", "grad_norm_limit")}
+        self.quarantine.record(step, data_index, why)
+        self.report.say(
+            f"step {step} was skipped: loss {why['loss']} (limit {why['loss_limit']}), "
+            f"gradient norm {why['grad_norm']} (limit {why['grad_norm_limit']})"
+        )
+        streak = int(limits["streak"])
+        if streak >= self.config.health.patience:
+            raise BadStreak([step - streak + 1, step], [int(limits["first_bad"]), data_index + 1])
 
 
 def _scores(evaluate: Callable, state: TrainState, program: Program) -> dict[str, float]:

@@ -15,13 +15,26 @@ from etils import epath
 
 from lcx.config import Config
 from lcx.errors import UserError
-from lcx.files import is_local, read_json, write_json
+from lcx.files import is_local, line_files, read_json, write_json
+from lcx.training.heartbeats import held
 
 # What may differ when a run is resumed. None of it changes what a step makes of a state and a batch, except that a
-# schedule with an end is stretched to train.steps.
+# schedule with an end is stretched to train.steps, that sums are rounded otherwise on another mesh or with other
+# pieces, and that bad steps are told from good ones by other limits.
 MAY_CHANGE = (
     "train.steps",
-    "checkpoint.*",
+    "train.accumulate",
+    "train.loss_chunk_size",
+    "mesh.*",
+    "model.remat*",
+    "checkpoint.every",
+    "checkpoint.keep*",
+    "checkpoint.best_metric",
+    "health.threshold",
+    "health.patience",
+    "health.max_rewinds",
+    "health.step_timeout",
+    "health.peer_timeout",
     "evaluation.*",
     "logging.*",
     "data.workers",
@@ -29,8 +42,9 @@ MAY_CHANGE = (
     "data.max_bad_records",
 )
 # An imported model has no run yet: what it is trained on, and how, is what its first training says.
-NOT_BEGUN = ("data.*", "train.*", "optimizer.*", "mesh.*", "model.remat*", "model.compute_dtype", "model.init")
+NOT_BEGUN = ("data.*", "train.*", "optimizer.*", "health.*", "checkpoint.*", "model.compute_dtype", "model.init")
 
+HELD = 30.0  # seconds after which the heartbeat of a workdir on object storage has stopped
 _open: set[str] = set()  # workdirs that this process holds: its own lock would not stop it from opening one again
 
 
@@ -43,7 +57,11 @@ class Workdir:
     @classmethod
     def at(cls, path: epath.PathLike) -> Self:
         """The workdir there, which need not exist yet."""
-        return cls(epath.Path(path).resolve())
+        try:
+            path = epath.Path(path)
+        except KeyError:
+            raise UserError(f"the workdir {path} is of no storage that is known here (gs://, s3://).") from None
+        return cls(path.resolve() if is_local(path) else path)  # a bucket's path would become a folder here
 
     @property
     def config(self) -> epath.Path:
@@ -67,6 +85,11 @@ class Workdir:
         return self.path / "tensorboard"
 
     @property
+    def heartbeats(self) -> epath.Path:
+        """Where the processes of a run say that they live, while it runs."""
+        return self.path / "heartbeats"
+
+    @property
     def evaluation(self) -> epath.Path:
         return self.path / "evaluation"
 
@@ -76,23 +99,28 @@ def open_workdir(path: epath.PathLike, config: Mapping[str, Any], fingerprints: 
     """The workdir at `path` for the run of `config`, begun or resumed, and locked while the context lasts.
 
     Args:
-      path: a local folder, made where it is not there.
+      path: a folder, made where it is not there; on object storage it is held by a heartbeat instead of a lock.
       config: the run's whole config as dicts, lists and scalars; compared with the one of the run in the folder.
       fingerprints: what identifies the run's data, by name, likewise.
 
     Raises:
       UserError: the folder cannot be written, is in use, or holds another run or a run on other data.
     """
-    if not is_local(path):
-        raise UserError(f"the workdir {path} is on object storage, which cannot be locked: use a local folder.")
     workdir = Workdir.at(path)
     with ExitStack() as stack:
         try:
             workdir.path.mkdir(parents=True, exist_ok=True)
-            stack.callback(_unlock, workdir.path, _lock(workdir.path))
+            if is_local(workdir.path):
+                stack.callback(_unlock, workdir.path, _lock(workdir.path))
+            else:
+                stack.enter_context(held(workdir.path / "heartbeats" / "run", HELD))
             _register(workdir, json.loads(json.dumps({"config": config, "fingerprints": fingerprints})))
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"the workdir {path} cannot be written: {error.strerror}; use another --workdir.") from None
+        except ImportError as error:  # of the package that knows this kind of storage
+            raise UserError(f"the workdir {path} cannot be reached: {error}.") from None
         yield workdir
 
 
@@ -127,8 +155,8 @@ def _unlock(path: epath.Path, descriptor: int) -> None:
 def _register(workdir: Workdir, run: dict[str, Any]) -> None:
     """Writes config.json, or compares with the one that is there and writes down what may change."""
     if not workdir.config.exists():
-        for remains in (workdir.metrics, workdir.checkpoints):
-            if remains.exists():
+        for remains, there in ((workdir.metrics, line_files(workdir.metrics)), (workdir.checkpoints, None)):
+            if there or remains.exists():
                 raise UserError(f"the workdir {workdir.path} holds {remains.name} of a run but no config.json.")
         write_json(workdir.config, run)
         return
@@ -153,7 +181,10 @@ def _check_same_run(path: epath.Path, stored: dict[str, Any], run: dict[str, Any
             if key.startswith("model."):
                 what = "another model's run"
             difference = f"{key} is {values[0]} there and {values[1]} here"
-            raise UserError(f"the workdir {path} holds {what}: {difference}; use another --workdir.")
+            raise UserError(
+                f"the workdir {path} holds {what}: {difference}; use another --workdir, which may begin from this run: "
+                f"--config.checkpoint.fork={path}."
+            )
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:

@@ -129,8 +129,10 @@ def test_an_unwritable_path_is_a_sentence(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/lcx-workdir"):
         with pytest.raises(UserError, match="cannot be written"):
             enter(path)
-    with pytest.raises(UserError, match="object storage"):
+    with pytest.raises(UserError, match="gs://bucket/run cannot be reached: Please install gcsfs"):
         enter("gs://bucket/run")
+    with pytest.raises(UserError, match="of no storage that is known"):
+        enter("ftp://bucket/run")
 
 
 def test_errors_of_the_run_pass(tmp_path):

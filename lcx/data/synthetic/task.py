@@ -118,6 +118,11 @@ class Examples:
         many = self.length // (self.task.common.length - 1)
         return [[self._piece(int(number) * many + i) for i in range(many)] for number in numbers]
 
+    def names(self, number: int) -> list[str]:
+        """See lcx.data.rows.Packer."""
+        many = self.length // (self.task.common.length - 1)
+        return [f"{self.task.name}:{number * many + i}" for i in range(many)]
+
     def _piece(self, index: int) -> Piece:
         example = self.task.example(index, self.seed)
         counts = example.answers > 0 if self.task.common.loss == "answers" else np.ones(example.tokens.shape, bool)
