@@ -10,10 +10,13 @@ import jax
 import numpy as np
 
 from lcx import __version__, data
+from lcx.cli.material import make_material
+from lcx.cli.suites import check_suites, find, keep
 from lcx.config import Config
 from lcx.evaluation.bigram import bigram_bits_per_byte
 from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
 from lcx.evaluation.report import plot_loss
+from lcx.evaluation.results import Result
 from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
 from lcx.parallel import processes
@@ -43,7 +46,7 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
         processes.on_first(lambda: stack.enter_context(lock) and None)
         folder = Workdir.at(workdir)
         speaker()(describe(programs, corpus, folder), flush=True)
-        heldout = HeldOut(config)
+        heldout, in_loop = HeldOut(config), InLoop(config, folder)
         rows = [program.rows for program in programs]
         first, *rest = programs
         programs = begin_from(first, folder.imported), *rest
@@ -54,12 +57,16 @@ def run(config: Config | Mapping[str, Any], workdir: str) -> dict[str, Any]:
                 checkpoints,
                 telemetry=lambda step: report(config, folder, step),
                 batches=lambda data_index: data.read_ahead(config, data_index, rows),
-                evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
+                evaluate=lambda state, program: (
+                    {"heldout_loss": heldout.score(program, state.params).loss} | in_loop.run(program, state)
+                ),
             )
         finally:
             checkpoints.close()
         program = program_at(programs, int(state.data_index) - 1)  # of the last step
-        return finish(program, corpus, folder, heldout, state)
+        result = finish(program, corpus, folder, heldout, state)
+        in_loop.run(program, state)
+        return result
 
 
 def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:
@@ -120,6 +127,38 @@ class HeldOut:
             self._scores[stage] = jax.jit(score).lower(params, batch).compile()
             processes.meet()
         return self._scores[stage](params, batch)
+
+
+class InLoop:
+    """Runs the suites of a config inside training, on the run's mesh and its sharded parameters."""
+
+    def __init__(self, config: Config, folder: Workdir):
+        check_suites(config.evaluation)  # before anything is compiled
+        self._config, self._folder = config, folder
+        self._done: int | None = None  # the step that was evaluated last
+
+    def run(self, program: Program, state: TrainState) -> dict[str, float]:
+        """Writes down what the suites find and returns their scalars, as "suite/name"; nothing, if the step is done.
+
+        In a thread, so that a signal is noticed at once; then it raises Interrupted. All processes compute, the first
+        one writes.
+        """
+        step = int(state.step)
+        if step == self._done or not self._config.evaluation.suite_names:
+            return {}
+        material = make_material(replace(program.config, data=self._config.data))
+        model, evaluation = program.blueprint.model(state.params), self._config.evaluation
+
+        def found() -> dict[str, Result]:
+            with program.on_mesh():
+                return find(model, evaluation, material, say=speaker())
+
+        results = run_interruptible(found)
+        self._done = step
+        if processes.is_first():
+            board = self._folder.tensorboard / "evaluation" if self._config.logging.tensorboard else None
+            keep(results, self._folder.evaluation, board, step, evaluation)
+        return {f"{suite}/{name}": value for suite, found in results.items() for name, value in found.scalars.items()}
 
 
 def finish(

@@ -51,6 +51,8 @@ class Mamba(Mixer):
         "normed": {"state_size": 4, "chunk_size": 4, "dt_B_C_norm": True},
     }
 
+    recurrent_state: ClassVar[frozenset[str]] = frozenset({"ssm"})
+
     def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
         inner = options.expand * dims.d_model
         rank = options.dt_rank or math.ceil(dims.d_model / 16)

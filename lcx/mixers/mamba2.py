@@ -54,6 +54,8 @@ class Mamba2(Mixer):
         "grouped": {"head_dim": 16, "state_size": 4, "num_groups": 2, "conv_width": 2, "chunk_size": 4},
     }
 
+    recurrent_state: ClassVar[frozenset[str]] = frozenset({"ssm"})
+
     def __init__(self, options: Mamba2Options, dims: ModelDims, rngs: nnx.Rngs):
         inner, width, groups = options.expand * dims.d_model, options.head_dim, options.num_groups
         heads, dtype = inner // width, dims.param_dtype

@@ -183,7 +183,7 @@ def fit(
     checkpoints: Checkpoints,
     telemetry: Callable[[int], Telemetry],
     batches: Batches,
-    evaluate: Callable[[dict, Program], dict[str, float]],
+    evaluate: Callable[[TrainState, Program], dict[str, float]],
 ) -> TrainState:
     """Trains to train.steps, from the newest checkpoint if there is one.
 
@@ -192,7 +192,7 @@ def fit(
       checkpoints: of the run.
       telemetry: opens the run's reports from the step that it goes on from.
       batches: reads batches from a data_index on.
-      evaluate: (parameters, the stage's program) to scalars for the step's line of metrics; called every
+      evaluate: (state, the stage's program) to scalars for the step's line of metrics; called every
         evaluation.every steps.
 
     Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
@@ -278,7 +278,7 @@ class _StepLog:
 
 def _scores(evaluate: Callable, state: TrainState, program: Program) -> dict[str, float]:
     try:
-        return evaluate(state.params, program)
+        return evaluate(state, program)
     except Interrupted:
         return {}  # the loop ends by itself, and saves
 
