@@ -87,8 +87,16 @@ class Mamba2(Mixer):
         B_C, B_C_tail = self.B_C_conv(B_C, past["B_C_conv"], context)
         y, ssm = self._scan(x, dt, B_C[:, :, 0], B_C[:, :, 1], past["ssm"], context)
         y = self._norm(y, z_x[:, :, 0])
-        metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
-        return self.out_proj(y), {"x_conv": x_tail, "B_C_conv": B_C_tail, "ssm": ssm}, {"metrics": metrics}
+        return (
+            self.out_proj(y),
+            {"x_conv": x_tail, "B_C_conv": B_C_tail, "ssm": ssm},
+            {"metrics": self.metrics(dt, ssm)},
+        )
+
+    def metrics(self, dt: jax.Array, ssm: jax.Array) -> dict[str, jax.Array]:
+        """What is logged of a chunk, from dt before its softplus and the state after the chunk."""
+        del dt
+        return {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
 
     def _scan(
         self, x: jax.Array, dt: jax.Array, B: jax.Array, C: jax.Array, ssm: jax.Array | None, context: Context
