@@ -17,8 +17,10 @@ from lcx.models import LanguageModel
 
 
 class ObservedAttention(Attention):
-    """Attention with the metrics `entropy` [batch, time, heads], in nats, and `distance` int32 [batch, time, heads], how
-    far back each query's largest weight lies. The weight of a sink logit is no token's and counts in neither."""
+    """Attention with the metrics `entropy` [batch, time, heads], in nats, and `distance` int32 [batch, time, heads].
+
+    The distance is how far back each query's largest weight lies. A sink logit's weight counts in neither.
+    """
 
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
         state = self.init_state(*x.shape[:2]) if state is None else state
@@ -54,22 +56,25 @@ class ObservedAttention(Attention):
         return jnp.exp(scores - total), distances
 
 
-class _Selection:
-    """The metrics `dt_sum` and `dt_log_sum`, [batch, channels]: sums over the chunk of dt and of dt ln dt."""
+class ObservedMamba(Mamba):
+    """Mamba with the metrics of `selection`, by inner channel."""
 
     def metrics(self, dt: jax.Array, ssm: jax.Array) -> dict[str, jax.Array]:
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        logarithms = jnp.log(jnp.maximum(dt, 1e-30))
-        sums = {"dt_sum": jnp.sum(dt, axis=1), "dt_log_sum": jnp.sum(dt * logarithms, axis=1)}
-        return super().metrics(dt, ssm) | sums
+        return super().metrics(dt, ssm) | selection(dt, self.dt_bias[...])
 
 
-class ObservedMamba(_Selection, Mamba):
-    """Mamba, by inner channel."""
+class ObservedMamba2(Mamba2):
+    """Mamba-2 with the metrics of `selection`, by head."""
+
+    def metrics(self, dt: jax.Array, ssm: jax.Array) -> dict[str, jax.Array]:
+        return super().metrics(dt, ssm) | selection(dt, self.dt_bias[...])
 
 
-class ObservedMamba2(_Selection, Mamba2):
-    """Mamba-2, by head."""
+def selection(dt: jax.Array, bias: jax.Array) -> dict[str, jax.Array]:
+    """`dt_sum` and `dt_log_sum`, [batch, channels]: sums over a chunk of dt and of dt ln dt, dt after its softplus."""
+    dt = jax.nn.softplus(dt.astype(jnp.float32) + bias.astype(jnp.float32))
+    logarithms = jnp.log(jnp.maximum(dt, 1e-30))
+    return {"dt_sum": jnp.sum(dt, axis=1), "dt_log_sum": jnp.sum(dt * logarithms, axis=1)}
 
 
 OBSERVED = {Attention: ObservedAttention, Mamba: ObservedMamba, Mamba2: ObservedMamba2}

@@ -1,4 +1,4 @@
-"""What layers concentrate on: SAMBA's entropies of attention and of selection (Ren et al., arXiv 2406.07522, section 4).
+"""What layers concentrate on: SAMBA's entropies of attention and of selection (Ren et al., arXiv 2406.07522).
 
 Attention: the mean over heads and queries of -sum_k A ln A. Selection: with p_t = dt_t / sum dt over the sequence, the
 mean over channels of -sum_t p_t ln p_t. Both in nats; ln of the number of tokens is the largest that there can be.
