@@ -178,7 +178,8 @@ def _label(value: Any) -> str:
 def to_bytes(figure: Figure, form: str) -> bytes:
     """A figure as a file: "png" or "svg"."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form)
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type")) if form == "svg" else None  # no date, no addresses
+    figure.savefig(buffer, format=form, metadata=nothing)
     return buffer.getvalue()
 
 

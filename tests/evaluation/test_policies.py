@@ -1,4 +1,4 @@
-"""Cache policies: with room for everything they are full attention; with less, what their papers say, token by token."""
+"""Cache policies: with room for everything they are full attention; with less, what papers say, token by token."""
 
 from functools import cache
 
@@ -57,7 +57,7 @@ def test_a_budget_of_everything_is_full_attention(policy):
 def attend(policy, x):
     """One layer of a policy over x [batch, time, d_model], and its query, key and value."""
     model = cached(make(), policy)
-    layer = nnx.merge(*nnx.split(model.stack.layers["0_attention"].mixers["attention"]))
+    layer = nnx.clone(model.stack.layers["0_attention"].mixers["attention"])
     take = lambda leaf: leaf[0]  # of the first period  # noqa: E731
     nnx.update(layer, jax.tree.map(take, nnx.state(layer)))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -66,11 +66,14 @@ def attend(policy, x):
     return np.asarray(out), [np.asarray(side) for side in layer.project(x)], layer
 
 
+def turn(vector, place):
+    return np.asarray(rotate(jnp.array(vector)[None, None, None], jnp.array([[place]]), 1e4))[0, 0, 0]
+
+
 def reading(policy, query, key, value):
     """The policy in NumPy, one token, head and list of kept places at a time: [batch, time, heads, K]."""
     batch, time, heads, width = query.shape
     group = heads // key.shape[2]
-    turn = lambda vector, place: np.asarray(rotate(jnp.array(vector)[None, None, None], jnp.array([[place]]), 1e4))[0, 0, 0]  # noqa: E731, E501
     out = np.zeros(query.shape)
     for row in range(batch):
         kept = {h: [] for h in range(key.shape[2])}
@@ -103,6 +106,7 @@ def victim(policy, kept, score, now):
     return min(old, key=lambda k: score[k])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -122,7 +126,7 @@ def test_eviction_is_what_a_reading_of_it_gives(rule):
 
 
 def bound_holds(query, key):
-    """query [batch, kv, group, K], key [batch, 48, kv, K]: the bound is above each score of its page, and is reached."""
+    """Of query [batch, kv, group, K] and key [batch, 48, kv, K]: the bound is above each score of its page."""
     pages = key.reshape(key.shape[0], -1, 16, *key.shape[2:])
     bounds = page_bounds(query, pages.min(2), pages.max(2))
     scores = jnp.einsum("bhgk,bpshk->bpshg", query, pages)
@@ -139,6 +143,7 @@ def test_the_bound_of_a_page_holds():
     np.testing.assert_allclose(bounds, scores[:, :, 0], rtol=1e-5)  # of equal keys the bound is the score
 
 
+@pytest.mark.slow
 def test_quest_reads_the_pages_with_the_largest_bounds():
     x = jax.random.normal(jax.random.key(2), (1, 96, 16)) * 3
     out, (query, key, value), layer = attend(Quest(budget=48, dense_layers=0), x)

@@ -9,7 +9,9 @@ from lcx.errors import UserError
 from lcx.evaluation.ruler import TASKS, Sources, make_sample
 from lcx.evaluation.suites.ruler import effective_length
 
-ESSAY = "One day it rained. The mill stood still! Who would have thought so? Nobody went out; the road was white. " * 400
+ESSAY = (
+    "One day it rained. The mill stood still! Who would have thought so? Nobody went out; the road was white. " * 400
+)
 
 
 @pytest.fixture(scope="module")

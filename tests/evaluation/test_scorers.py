@@ -27,7 +27,9 @@ def test_one_of_several_answers_is_enough_for_questions():
     assert scorers.any_contained("It was Rome", ["paris", "Lyon"]) == 0.0
 
 
-@pytest.mark.parametrize("text, number", [(" 0123. 99", 123), ("is 7", 7), ("none", None), ("", None), ("12345 6", 12345)])
+@pytest.mark.parametrize(
+    "text, number", [(" 0123. 99", 123), ("is 7", 7), ("none", None), ("", None), ("12345 6", 12345)]
+)
 def test_the_first_number_counts(text, number):
     assert first_number(text) == number
 
@@ -52,7 +54,9 @@ def test_classes():
 def test_numbers_and_code():
     assert scorers.count("There are 12", "12") == 1.0 and scorers.count("12 or 13", "12") == 0.5
     assert scorers.count("twelve", "12") == 0.0
-    assert scorers.retrieval("Paragraph 3", "Paragraph 3") == 1.0 and scorers.retrieval("Paragraph 13", "Paragraph 3") == 0
+    assert (
+        scorers.retrieval("Paragraph 3", "Paragraph 3") == 1.0 and scorers.retrieval("Paragraph 13", "Paragraph 3") == 0
+    )
     assert scorers.code_similarity("\n# a comment\nreturn x\n", "return x") == 1.0
     assert scorers.code_similarity("```\nreturn y", "return x") == 0.88
     assert scorers.code_similarity("", "return x") == 0.0
