@@ -25,7 +25,14 @@ from lcx.schema import build, coerce, join, limited, plain
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 SEED_LIMIT = 2**31 - 1
 # Records that take names which are not there yet, on a command line too.
-OPEN_RECORDS = ("model.mixers.", "model.remat", "data.sources[", "mesh.parameter_rules", "mesh.activation_rules")
+OPEN_RECORDS = (
+    "model.mixers.",
+    "model.remat",
+    "data.sources[",
+    "mesh.parameter_rules",
+    "mesh.activation_rules",
+    "evaluation.options",
+)
 Dtype = Literal["float32", "bfloat16", "float64"]
 RETURNS = {"get_config": "ConfigDict", "get_sweep": "dict"}  # the functions of config files, and what they return
 REMAT = ("none", "dots", "full")  # and "time:TOKENS"
@@ -257,10 +264,22 @@ class HealthConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """When held-out rows are scored; after the last step they always are."""
+    """When held-out rows are scored and suites are run; after the last step they always are."""
 
     every: int = limited(0, minimum=0)  # steps; 0: only at the end
     max_rows: int = limited(512, minimum=0)  # held-out rows scored, at equal distances; 0: all
+    suites: (
+        str | tuple[str, ...]
+    ) = ()  # names of lcx.evaluation.suites.SUITES: ["passkey", "ruler"], or "passkey,ruler"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of the suites, by their names
+    chunk_size: int = limited(1024, minimum=1)  # tokens of a sequence that a suite reads at once
+    batch_size: int = limited(8, minimum=1)  # sequences that a suite reads together
+
+    @property
+    def suite_names(self) -> tuple[str, ...]:
+        """The suites, however they were written."""
+        names = self.suites.split(",") if isinstance(self.suites, str) else self.suites
+        return tuple(name.strip() for name in names if name.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,8 +441,8 @@ def _find(config: ConfigDict, key: str) -> tuple[Any, str | int, Any]:
     for step in parents:
         if path == "model.mixers" and last == "type" and hasattr(node, "items") and step not in node:
             node[step] = {}
-        if path.startswith("data.sources[") and hasattr(node, "items") and step not in node:
-            node[step] = {}  # a source's options, which a file may leave out
+        if path.startswith(("data.sources[", "evaluation.options")) and hasattr(node, "items") and step not in node:
+            node[step] = {}  # a source's options, or a suite's, which a file may leave out
         node, path = _child(node, step, path), _extend(path, step)
     open_record = path.startswith(OPEN_RECORDS)
     is_new = open_record and hasattr(node, "items") and last not in node

@@ -11,6 +11,7 @@ import jax
 from lcx.benchmarks.harness import Result, Timing, ratio, seconds_of
 from lcx.benchmarks.models import stepper
 from lcx.config import Config
+from lcx.training.train_state import TrainState
 from lcx.training.trainer import Program
 
 EVERY = 50  # steps from one checkpoint to the next, and from one turn to the next
@@ -20,7 +21,7 @@ def overhead_results(run: Callable[[Config, str, Callable], Any], config: Config
     """A whole run beside its bare steps, in turns: EVERY steps of the run, then EVERY of the compiled step alone.
 
     Args:
-      run: trains a config in a workdir; its third argument takes the place of the evaluation, (parameters, program) to
+      run: trains a config in a workdir; its third argument takes the place of the evaluation, (state, program) to
         scalars, and is called every `evaluation.every` steps.
       config: with checkpoints and evaluation every EVERY steps, and (rounds + 1) * EVERY steps in all.
       rounds: turns that count; the first one, in which things are opened, does not.
@@ -44,8 +45,8 @@ class Turns:
         self._step: Callable[[], jax.Array] | None = None
         self._begin = time.perf_counter()
 
-    def __call__(self, params: dict, program: Program) -> dict[str, float]:
-        jax.block_until_ready(params)
+    def __call__(self, state: TrainState, program: Program) -> dict[str, float]:
+        jax.block_until_ready(state.params)
         self.whole.append(time.perf_counter() - self._begin)
         if self._step is None:
             self._step = stepper(program)

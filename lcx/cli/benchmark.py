@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -36,14 +36,19 @@ def _train(values: Any) -> Parts:
     from lcx.benchmarks.overhead import EVERY, overhead_results
     from lcx.benchmarks.rates import rate_results
     from lcx.benchmarks.train import train_results
-    from lcx.cli.run import run
+    from lcx.cli.run import opened
     from lcx.config import Config, load_config
+    from lcx.training.trainer import fit
 
     def overhead(rounds: int) -> list:
         config = load_config("configs/quickstart.py")
         config.train.steps = (rounds + 1) * EVERY
         config.checkpoint.every = config.evaluation.every = EVERY
-        return overhead_results(partial(run, finish=False), Config.from_dict(config), rounds)
+        return overhead_results(run, Config.from_dict(config), rounds)
+
+    def run(config: Config, workdir: str, evaluate: Callable) -> None:
+        with opened(config, workdir) as made:
+            fit(made.programs, replace(made.around, evaluate=evaluate))
 
     return partial(train_results, easydel=values.easydel), rate_results, overhead
 

@@ -19,6 +19,7 @@ _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_boolean,
+    list: flags.DEFINE_multi_string,
 }
 
 
@@ -28,7 +29,7 @@ class Flag:
 
     name: str
     help: str
-    kind: type = str  # str, int, float or bool
+    kind: type = str  # str, int, float or bool; list: text, given as often as wanted
     default: Any = None
     required: bool = False
     limits: dict[str, float] = field(default_factory=dict)  # lower_bound and upper_bound, both allowed; numbers only

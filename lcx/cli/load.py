@@ -1,6 +1,7 @@
 """`lcx.load`: a trained model and its tokenizer, from a run's workdir or an export."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from lcx.config import Config
 from lcx.data import Tokenizer, load_tokenizer
 from lcx.errors import UserError
 from lcx.files import read_json
-from lcx.interop.importing import RECORD, check_stamp, open_weights, read_record
+from lcx.interop.importing import RECORD, Weights, check_stamp, open_weights, read_record
 from lcx.models import LanguageModel
 from lcx.training.checkpointing import ParameterReader, data_index_of, newest, read_newest
 from lcx.training.stages import model_stage_at
@@ -45,9 +46,14 @@ def load(path: epath.PathLike) -> tuple[LanguageModel, Tokenizer]:
     raise UserError(_NOTHING.format(folder))
 
 
-def _load_export(folder: epath.Path) -> tuple[LanguageModel, Tokenizer]:
+def check_and_open_export(folder: epath.Path) -> tuple[Weights, dict[str, Any]]:
+    """An export's weights and what lcx wrote of it; warns and raises as `load` does."""
     check_stamp(folder)
-    weights, record = open_weights(folder), read_record(folder)
+    return open_weights(folder), read_record(folder)
+
+
+def _load_export(folder: epath.Path) -> tuple[LanguageModel, Tokenizer]:
+    weights, record = check_and_open_export(folder)
     params = jax.device_put(weights.parameters(), jax.local_devices()[0])
     name = record["tokenizer"] if record["tokenizer"] == "bytes" else str(folder / record["tokenizer"])
     return weights.model.model(params), load_tokenizer(name, record["start_token"])

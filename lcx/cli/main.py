@@ -11,6 +11,7 @@ from lcx.errors import UserError, suggest
 # The verb: (the module whose `main(argv) -> exit code` it is, what it does).
 VERBS = {
     "train": ("lcx.cli.train", "train a model, or go on with a run"),
+    "evaluate": ("lcx.cli.evaluate", "ask a trained model what it does with long contexts, and compare runs"),
     "generate": ("lcx.cli.generate", "write text with a trained model"),
     "prepare_data": ("lcx.cli.prepare_data", "turn a corpus into shards of tokens"),
     "export": ("lcx.cli.export", "write a trained model for transformers, and prove that it is the model"),

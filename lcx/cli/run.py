@@ -1,9 +1,9 @@
 """A training run from beginning to end: the wiring behind `lcx train` and `lcx.train`."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +14,13 @@ import numpy as np
 import lcx
 import lcx_kernels
 from lcx import data
+from lcx.cli.material import make_material
+from lcx.cli.suites import check_suites, find, keep
 from lcx.config import Config
 from lcx.evaluation.bigram import bigram_bits_per_byte
 from lcx.evaluation.perplexity import Perplexity, make_score, perplexity
 from lcx.evaluation.report import plot_loss
+from lcx.evaluation.results import Result
 from lcx.files import write_bytes, write_json
 from lcx.models.generate import generate
 from lcx.parallel import processes
@@ -31,7 +34,7 @@ from lcx.training.preemption import interrupted, run_interruptible, stop_at
 from lcx.training.quarantine import Quarantine
 from lcx.training.telemetry import Silence, Telemetry
 from lcx.training.train_state import TrainState
-from lcx.training.trainer import Program, fit, make_programs, program_at
+from lcx.training.trainer import Program, Surroundings, fit, make_programs, program_at
 from lcx.training.watchdog import Watchdog
 from lcx.training.workdir import Workdir, open_workdir
 
@@ -41,7 +44,26 @@ PROMPT, SAMPLE = 64, 400  # tokens of a held-out document, and how many the mode
 
 def run(config: Config | Mapping[str, Any], workdir: str, deadline: float | None = None) -> dict[str, Any]:
     """See `lcx.cli.train.train`. deadline: seconds since 1970, at which all must be saved."""
-    config = Config.from_dict(config)
+    with opened(Config.from_dict(config), workdir, deadline) as made:
+        state = fit(made.programs, made.around)
+        program = program_at(made.programs, int(state.data_index) - 1)  # of the last step
+        return finish(program, made.corpus, made.folder, made.heldout, state)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that is about to begin."""
+
+    programs: Sequence[Program]
+    around: Surroundings
+    corpus: data.Corpus
+    folder: Workdir
+    heldout: "HeldOut"
+
+
+@contextmanager
+def opened(config: Config, workdir: str, deadline: float | None = None) -> Iterator[Opened]:
+    """Everything that a run needs, found and checked in the order in which mistakes should be found; then closed."""
     processes.join()
     interrupted.patient = jax.process_count() > 1
     use_compilation_cache()
@@ -55,30 +77,27 @@ def run(config: Config | Mapping[str, Any], workdir: str, deadline: float | None
         peers = Peers(folder.heartbeats, jax.process_index(), jax.process_count(), config.health.peer_timeout)
         stack.enter_context(peers.watching())
         speaker()(describe(programs, corpus, folder), flush=True)
-        heldout = HeldOut(config)
+        heldout, in_loop = HeldOut(config), InLoop(config, folder)
         rows = [program.rows for program in programs]
         programs = with_beginning(programs, folder.imported)
         keep = config.checkpoint
         checkpoints = Checkpoints(folder.checkpoints, keep.keep, print, keep.keep_every, keep.keep_best)
-        watchdog = Watchdog(config.health.step_timeout)
+        stack.callback(checkpoints.close)
+        around = Surroundings(
+            checkpoints=checkpoints,
+            quarantine=Quarantine(folder.path, lambda index: data.documents_of(config, index), speaker()),
+            watchdog=Watchdog(config.health.step_timeout),
+            telemetry=lambda step: report(config, folder, step),
+            batches=lambda data_index: data.read_ahead(config, data_index, rows),
+            evaluate=lambda state, program: (
+                {"heldout_loss": heldout.score(program, state.params).loss} | in_loop.run(program, state)
+            ),
+            utilisation=Utilisation(),
+        )
         if deadline is not None:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs[0].abstract))
-            stop_at(deadline, lambda: checkpoints.seconds_to_save(size) + watchdog.slowest_step)
-        try:
-            state = fit(
-                programs,
-                checkpoints,
-                Quarantine(folder.path, lambda data_index: data.documents_of(config, data_index), speaker()),
-                watchdog,
-                telemetry=lambda step: report(config, folder, step),
-                batches=lambda data_index: data.read_ahead(config, data_index, rows),
-                evaluate=lambda params, program: {"heldout_loss": heldout.score(program, params).loss},
-                mfu=Utilisation(),
-            )
-        finally:
-            checkpoints.close()
-        program = program_at(programs, int(state.data_index) - 1)  # of the last step
-        return finish(program, corpus, folder, heldout, state)
+            stop_at(deadline, lambda: checkpoints.seconds_to_save(size) + around.watchdog.slowest_step)
+        yield Opened(programs, around, corpus, folder, heldout)
 
 
 def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:
@@ -167,6 +186,38 @@ class HeldOut:
             self._scores[stage] = jax.jit(score).lower(params, batch).compile()
             processes.meet()
         return self._scores[stage](params, batch)
+
+
+class InLoop:
+    """Runs the suites of a config inside training, on the run's mesh and its sharded parameters."""
+
+    def __init__(self, config: Config, folder: Workdir):
+        check_suites(config.evaluation)  # before anything is compiled
+        self._config, self._folder = config, folder
+        self._done: int | None = None  # the step that was evaluated last
+
+    def run(self, program: Program, state: TrainState) -> dict[str, float]:
+        """Writes down what the suites find and returns their scalars, as "suite/name"; nothing, if the step is done.
+
+        In a thread, so that a signal is noticed at once; then it raises Interrupted. All processes compute, the first
+        one writes.
+        """
+        step = int(state.step)
+        if step == self._done or not self._config.evaluation.suite_names:
+            return {}
+        material = make_material(replace(program.config, data=self._config.data))
+        model, evaluation = program.blueprint.model(state.params), self._config.evaluation
+
+        def found() -> dict[str, Result]:
+            with program.on_mesh():
+                return find(model, evaluation, material, say=speaker())
+
+        results = run_interruptible(found)
+        self._done = step
+        if processes.is_first():
+            board = self._folder.tensorboard / "evaluation" if self._config.logging.tensorboard else None
+            keep(results, self._folder.evaluation, board, step, evaluation)
+        return {f"{suite}/{name}": value for suite, found in results.items() for name, value in found.scalars.items()}
 
 
 def finish(

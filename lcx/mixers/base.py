@@ -142,6 +142,8 @@ class Mixer(nnx.Module):
     examples: ClassVar[Mapping[str, Mapping[str, Any]]]
     # Arrays of the state that never hold a negative number, for whoever makes up a state (the laws do).
     positive_state: ClassVar[frozenset[str]] = frozenset()
+    # Arrays of the state that sum up the past, [batch, ...], as against tokens that are kept: what may overflow.
+    recurrent_state: ClassVar[frozenset[str]] = frozenset()
     # Laws that it breaks by nature, of "causality", "continuation", "isolation", "sharding" and "backend": a scaling of
     # positions by the total length breaks "continuation". The laws' tests check that it breaks these and no others.
     lawful_except: ClassVar[tuple[str, ...]] = ()

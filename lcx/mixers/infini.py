@@ -60,6 +60,7 @@ class Infini(GroupedHeads):
     }
 
     positive_state: ClassVar[frozenset[str]] = frozenset({"normalizer", "open_normalizer"})
+    recurrent_state: ClassVar[frozenset[str]] = frozenset({"memory"})
 
     def __init__(self, options: InfiniOptions, dims: ModelDims, rngs: nnx.Rngs):
         super().__init__(options, dims, rngs, select_backend)

@@ -51,6 +51,8 @@ class Mamba(Mixer):
         "normed": {"state_size": 4, "chunk_size": 4, "dt_B_C_norm": True},
     }
 
+    recurrent_state: ClassVar[frozenset[str]] = frozenset({"ssm"})
+
     def __init__(self, options: MambaOptions, dims: ModelDims, rngs: nnx.Rngs):
         dims = dims.standard  # muP does not hold for selective scans (Vankadara et al., NeurIPS 2024)
         inner = options.expand * dims.d_model
@@ -83,8 +85,12 @@ class Mamba(Mixer):
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = contract(dt, self.dt_proj[...])
         y, ssm = self._scan(x, dt, B, C, z, past["ssm"], context)
-        metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
-        return self.out_proj(y), {"conv": tail, "ssm": ssm}, {"metrics": metrics}
+        return self.out_proj(y), {"conv": tail, "ssm": ssm}, {"metrics": self.metrics(dt, ssm)}
+
+    def metrics(self, dt: jax.Array, ssm: jax.Array) -> dict[str, jax.Array]:
+        """What is logged of a chunk, from dt before its softplus and the state after the chunk."""
+        del dt
+        return {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
 
     def _scan(
         self,

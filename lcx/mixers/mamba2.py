@@ -54,6 +54,8 @@ class Mamba2(Mixer):
         "grouped": {"head_dim": 16, "state_size": 4, "num_groups": 2, "conv_width": 2, "chunk_size": 4},
     }
 
+    recurrent_state: ClassVar[frozenset[str]] = frozenset({"ssm"})
+
     def __init__(self, options: Mamba2Options, dims: ModelDims, rngs: nnx.Rngs):
         dims = dims.standard  # muP does not hold for selective scans (Vankadara et al., NeurIPS 2024)
         inner, width, groups = options.expand * dims.d_model, options.head_dim, options.num_groups
@@ -86,8 +88,16 @@ class Mamba2(Mixer):
         B_C, B_C_tail = self.B_C_conv(B_C, past["B_C_conv"], context)
         y, ssm = self._scan(x, dt, B_C[:, :, 0], B_C[:, :, 1], past["ssm"], context)
         y = self._norm(y, z_x[:, :, 0])
-        metrics = {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
-        return self.out_proj(y), {"x_conv": x_tail, "B_C_conv": B_C_tail, "ssm": ssm}, {"metrics": metrics}
+        return (
+            self.out_proj(y),
+            {"x_conv": x_tail, "B_C_conv": B_C_tail, "ssm": ssm},
+            {"metrics": self.metrics(dt, ssm)},
+        )
+
+    def metrics(self, dt: jax.Array, ssm: jax.Array) -> dict[str, jax.Array]:
+        """What is logged of a chunk, from dt before its softplus and the state after the chunk."""
+        del dt
+        return {"state_rms": jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(ssm))))}
 
     def _scan(
         self, x: jax.Array, dt: jax.Array, B: jax.Array, C: jax.Array, ssm: jax.Array | None, context: Context

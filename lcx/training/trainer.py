@@ -169,33 +169,29 @@ def program_at(programs: Sequence[Program], data_index: int) -> Program:
     return next(program for program in reversed(programs) if program.stage.first_index <= data_index)
 
 
-def fit(
-    programs: Sequence[Program],
-    checkpoints: Checkpoints,
-    quarantine: Quarantine,
-    watchdog: Watchdog,
-    telemetry: Callable[[int], Telemetry],
-    batches: Batches,
-    evaluate: Callable[[dict, Program], dict[str, float]],
-    mfu: Utilisation = lambda program, tokens_per_second: None,
-) -> TrainState:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run has beside its programs; the command line puts it together."""
+
+    checkpoints: Checkpoints
+    quarantine: Quarantine  # what the run has skipped and steps over
+    watchdog: Watchdog  # is told of each step
+    telemetry: Callable[[int], Telemetry]  # opens the run's reports from the step that it goes on from
+    batches: Batches
+    # (state, the stage's program) to scalars for the step's line of metrics, every evaluation.every steps
+    evaluate: Callable[[TrainState, Program], dict[str, float]]
+    utilisation: Utilisation = lambda program, tokens_per_second: None
+
+
+def fit(programs: Sequence[Program], around: Surroundings) -> TrainState:
     """Trains to train.steps, from the newest checkpoint if there is one.
 
-    Args:
-      programs: what is trained, of each stage; the first one's `create` begins a run that has no checkpoint.
-      checkpoints: of the run.
-      quarantine: what the run has skipped and steps over.
-      watchdog: is told of each step.
-      telemetry: opens the run's reports from the step that it goes on from.
-      batches: reads batches from a data_index on.
-      evaluate: (parameters, the stage's program) to scalars for the step's line of metrics; called every
-        evaluation.every steps.
-      mfu: the utilisation that is logged.
+    programs: what is trained, of each stage; the first one's `create` begins a run that has no checkpoint.
 
     Returns the final state, saved. Raises Interrupted, also with everything saved, where the process is asked to stop;
     of several processes all stop after the same step. Raises RunFailed where steps stay bad after all rewinds.
     """
-    quarantine.finish(checkpoints)
+    around.quarantine.finish(around.checkpoints)
     compiled: dict[int, Callable] = {}  # by stage; a rewind compiles nothing again
 
     def compile_step(program: Program) -> Callable:
@@ -206,36 +202,29 @@ def fit(
 
     while True:
         try:
-            return _train(programs, checkpoints, quarantine, watchdog, telemetry, batches, evaluate, mfu, compile_step)
+            return _train(programs, around, compile_step)
         except BadStreak as error:
             streak = error.with_traceback(None)  # its frames hold the state, which is about to be restored
-        quarantine.rewind(streak, checkpoints, programs[0].config.health.max_rewinds)
+        around.quarantine.rewind(streak, around.checkpoints, programs[0].config.health.max_rewinds)
 
 
 def _train(
-    programs: Sequence[Program],
-    checkpoints: Checkpoints,
-    quarantine: Quarantine,
-    watchdog: Watchdog,
-    telemetry: Callable[[int], Telemetry],
-    batches: Batches,
-    evaluate: Callable[[dict, Program], dict[str, float]],
-    mfu: Utilisation,
-    compile_step: Callable[[Program], Callable],
+    programs: Sequence[Program], around: Surroundings, compile_step: Callable[[Program], Callable]
 ) -> TrainState:
     """As `fit`, but raises BadStreak where the run has to rewind."""
     config = programs[0].config  # steps, and when to do what, are those of all stages
-    saved, state = run_interruptible(lambda: _begin(programs, checkpoints, quarantine))
+    saved, state = run_interruptible(lambda: _begin(programs, around))
     step = int(state.step)
     if step >= config.train.steps:
         return state
     over, metrics, scores = jax.device_get(state.health), {}, {}
     program = program_at(programs, int(state.data_index))
     train_step = compile_step(program)
-    with telemetry(step) as report, closing(batches(int(state.data_index))) as reader, watchdog.watching():
+    checkpoints, watchdog, reader = around.checkpoints, around.watchdog, around.batches(int(state.data_index))
+    with around.telemetry(step) as report, closing(reader), watchdog.watching():
         if step:
             report.say(f"going on from step {step}")
-        log = _StepLog(config, report, quarantine, mfu)
+        log = _StepLog(config, report, around)
         late = None  # the step whose metrics are still on their way: the next one is dispatched before they are fetched
         stopped = processes.any_asks(program.mesh, interrupted.is_set)
         while step < config.train.steps and not stopped():
@@ -250,7 +239,7 @@ def _train(
             scores = {}
             if _due(step, config.evaluation.every):
                 with watchdog.paused():
-                    scores = _scores(evaluate, state, program)
+                    scores = _scores(around.evaluate, state, program)
             late = (step, data_index, metrics, scores, program)
             following = program_at(programs, int(health.index_from(data_index + 1, over)))
             if following is not program:
@@ -276,13 +265,11 @@ def _train(
     return state
 
 
-def _begin(
-    programs: Sequence[Program], checkpoints: Checkpoints, quarantine: Quarantine
-) -> tuple[int | None, TrainState]:
+def _begin(programs: Sequence[Program], around: Surroundings) -> tuple[int | None, TrainState]:
     """(the step that is saved, the state to go on from): of the newest checkpoint, or of a run that begins."""
-    restored = checkpoints.restore(lambda data_index: program_at(programs, data_index).abstract)
+    restored = around.checkpoints.restore(lambda data_index: program_at(programs, data_index).abstract)
     saved, state = restored or (None, programs[0].create())
-    if intervals := quarantine.intervals():
+    if intervals := around.quarantine.intervals():
         judged = health.step_over(jax.device_get(state.health), intervals)
         data_index = health.index_from(jax.device_get(state.data_index), judged)
         place = lambda value, leaf: jax.device_put(value, leaf.sharding)  # noqa: E731
@@ -290,7 +277,7 @@ def _begin(
         state = replace(state, health=judged, data_index=place(np.int32(data_index), state.data_index))
     if restored is None and programs[0].config.checkpoint.fork:
         saved = int(state.step)  # at once: what it was forked from may go on, and let its checkpoints go
-        checkpoints.save(saved, state)
+        around.checkpoints.save(saved, state)
     return saved, state
 
 
@@ -308,8 +295,8 @@ def _in_streak(metrics: dict) -> bool:
 class _StepLog:
     """Turns the metrics of steps into lines of the report, and finds what is wrong with them."""
 
-    def __init__(self, config: Config, report: Telemetry, quarantine: Quarantine, mfu: Utilisation):
-        self.config, self.report, self.quarantine, self.mfu = config, report, quarantine, mfu
+    def __init__(self, config: Config, report: Telemetry, around: Surroundings):
+        self.config, self.report, self.around = config, report, around
         self.tokens, self.waited, self.logged_time = 0, 0.0, time.perf_counter()
 
     def __call__(
@@ -330,7 +317,8 @@ class _StepLog:
         seconds = now - self.logged_time
         rate, data_wait = self.tokens / seconds, self.waited / seconds
         self.tokens, self.waited, self.logged_time = 0, 0.0, now
-        line = {"step": step, "data_index": data_index, "tokens_per_second": rate, "mfu": self.mfu(program, rate)}
+        line = {"step": step, "data_index": data_index, "tokens_per_second": rate}
+        line["mfu"] = self.around.utilisation(program, rate)
         line["tokens_per_second_per_device"] = rate / jax.device_count()
         line["data_wait_per_second"] = data_wait  # seconds spent waiting for batches, of each since the last line
         values = jax.device_get(metrics)
@@ -342,7 +330,7 @@ class _StepLog:
     def _skipped(self, step: int, data_index: int, values: dict, limits: dict) -> None:
         why = {name: plain(values[name]) for name in ("loss", "grad_norm")}
         why |= {name: plain(limits[name]) for name in ("loss_limit", "grad_norm_limit")}
-        self.quarantine.record(step, data_index, why)
+        self.around.quarantine.record(step, data_index, why)
         self.report.say(
             f"step {step} was skipped: loss {why['loss']} (limit {why['loss_limit']}), "
             f"gradient norm {why['grad_norm']} (limit {why['grad_norm_limit']})"
@@ -354,7 +342,7 @@ class _StepLog:
 
 def _scores(evaluate: Callable, state: TrainState, program: Program) -> dict[str, float]:
     try:
-        return evaluate(state.params, program)
+        return evaluate(state, program)
     except Interrupted:
         return {}  # the loop ends by itself, and saves
 

@@ -69,7 +69,7 @@ def test_a_run_and_its_steps_take_turns(monkeypatch):
         state = program.create()
         for _ in range(4):
             waits.append(sum(float(jnp.sum(jnp.ones(10))) for _ in range(3)))
-            assert turn(state.params, program) == {}
+            assert turn(state, program) == {}
 
     (result,) = overhead.overhead_results(run, tiny_config(), rounds=3)
     assert len(waits) == 4 and result.unit == "%" and np.isfinite(result.value)

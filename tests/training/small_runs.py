@@ -21,7 +21,7 @@ from lcx.training.checkpointing import Checkpoints, read_step
 from lcx.training.preemption import Interrupted, interrupted
 from lcx.training.quarantine import Quarantine
 from lcx.training.telemetry import Telemetry
-from lcx.training.trainer import Program, fit, make_program
+from lcx.training.trainer import Program, Surroundings, fit, make_program
 from lcx.training.watchdog import Watchdog
 
 ROWS, TIME = 4, 16
@@ -92,14 +92,16 @@ class Run:
         try:
             return fit(
                 with_beginning([self.program], self.folder / "imported"),
-                checkpoints,
-                Quarantine(epath.Path(self.folder), documents, self.said.append),
-                Watchdog(0),
-                lambda step: Telemetry(
-                    self.folder / "metrics.jsonl", 24, step, console=Console(file=io.StringIO(), width=200)
+                Surroundings(
+                    checkpoints=checkpoints,
+                    quarantine=Quarantine(epath.Path(self.folder), documents, self.said.append),
+                    watchdog=Watchdog(0),
+                    telemetry=lambda step: Telemetry(
+                        self.folder / "metrics.jsonl", 24, step, console=Console(file=io.StringIO(), width=200)
+                    ),
+                    batches=self.batches,
+                    evaluate=lambda state, program: {},
                 ),
-                self.batches,
-                lambda params, program: {},
             )
         finally:
             checkpoints.close()

@@ -56,24 +56,31 @@ def haystack(
     tokenizer: Tokenizer,
     facts: Sequence[str],
     ending: Sequence[tuple[str, bool]],
+    filler: str = FILLER,
+    beginning: str = "",
+    depth: float | None = None,
 ) -> Layout:
-    """Facts, in their order, at random places of a text that says nothing, then an ending: (text, is an answer).
+    """Facts, in their order, in a text that says nothing, then an ending: (text, is an answer).
 
-    It has exactly `length` tokens. Raises TooShort.
+    They stand at random places, or at a depth: 0 is before the text, 1 after it. The text begins anywhere in `filler`,
+    which is repeated, after `beginning`. There are exactly `length` tokens. Raises TooShort.
     """
+    first = encode(tokenizer, beginning) if beginning else []
     end = [(encode(tokenizer, words), answer) for words, answer in ending]
     pieces = [encode(tokenizer, fact) for fact in facts]
-    room = length - sum(map(len, pieces)) - sum(len(tokens) for tokens, _ in end)
+    room = length - len(first) - sum(map(len, pieces)) - sum(len(tokens) for tokens, _ in end)
     if room < 0:
         raise TooShort("there is no room for the facts and the question")
-    filler = encode(tokenizer, FILLER)
-    filler = np.roll(np.resize(filler, room), -int(random.integers(len(filler)))).tolist() if room else []
+    words = encode(tokenizer, filler)
+    text = np.roll(np.resize(words, room), -int(random.integers(len(words)))).tolist() if room else []
     places = np.sort(random.integers(0, room + 1, len(pieces))).tolist()
-    layout, done = Layout(), 0
+    if depth is not None:
+        places = [round(depth * room)] * len(pieces)
+    layout, done = Layout().add(first), 0
     for place, piece in zip(places, pieces, strict=True):
-        layout.add(filler[done:place]).add(piece)
+        layout.add(text[done:place]).add(piece)
         done = place
-    layout.add(filler[done:])
+    layout.add(text[done:])
     for tokens, answer in end:
         layout.add(tokens, answer)
     return layout

@@ -4,10 +4,11 @@ Each is a function (random, length, options, tokenizer) -> Layout of exactly `le
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from lcx.data.synthetic.layout import Layout, TooShort, encode, haystack
+from lcx.data.synthetic.layout import FILLER, Layout, TooShort, encode, haystack
 from lcx.data.tokenizers import Tokenizer
 from lcx.schema import limited
 
@@ -16,7 +17,9 @@ from lcx.schema import limited
 class Passkey:
     """A number in a text that says nothing."""
 
-    digits: int = limited(5, minimum=1, maximum=18)
+    digits: int | None = limited(5, minimum=1, maximum=18)  # None: a number from 1 to 50,000, as was published
+    depth: float | None = limited(None, minimum=0, maximum=1)  # where the number stands in the text; None: anywhere
+    style: Literal["plain", "landmark"] = "plain"  # landmark: the sentences and the filler of arXiv 2305.16300
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,33 @@ class ThreadFollowing:
 
 def passkey(random: np.random.Generator, length: int, options: Passkey, tokenizer: Tokenizer) -> Layout:
     """A number to be remembered (Mohtashami and Jaggi, arXiv 2305.16300)."""
-    key = "".join(str(digit) for digit in random.integers(0, 10, options.digits))
-    facts = [f" The pass key is {key}. Remember it: {key} is the pass key. "]
-    return haystack(random, length, tokenizer, facts, [(" What is the pass key? The pass key is ", False), (key, True)])
+    if options.digits is None:
+        key = str(int(random.integers(1, 50_001)))
+    else:
+        key = "".join(str(digit) for digit in random.integers(0, 10, options.digits))
+    beginning, filler, fact, question = PASSKEY_STYLES[options.style]
+    ending = [(question, False), (key, True)]
+    facts = [fact.format(key=key)]
+    return haystack(random, length, tokenizer, facts, ending, filler, beginning, options.depth)
+
+
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+# What stands before the filler, the filler, the sentence with the key, the question.
+PASSKEY_STYLES = {
+    "plain": (
+        "",
+        FILLER,
+        " The pass key is {key}. Remember it: {key} is the pass key. ",
+        " What is the pass key? The pass key is ",
+    ),
+    "landmark": (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+        "about the important information there.\n",
+        GRASS,
+        "\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
+        "\nWhat is the pass key? The pass key is ",
+    ),
+}
 
 
 def phonebook(random: np.random.Generator, length: int, options: Phonebook, tokenizer: Tokenizer) -> Layout:

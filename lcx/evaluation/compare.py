@@ -1,0 +1,117 @@
+"""One page of several runs: their scores in tables, their curves in one picture, their grids side by side."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from etils import epath
+from matplotlib.figure import Figure
+
+from lcx.errors import UserError
+from lcx.evaluation.results import Result, draw, load, to_bytes
+from lcx.evaluation.suite import Curves, Grid
+from lcx.files import write_bytes
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left}td.best{font-weight:600}svg{max-width:100%;height:auto}
+.scroll{overflow-x:auto}"""
+
+Results = dict[str, dict[str, Result]]  # by suite, then run
+
+
+def read_runs(workdirs: Sequence[epath.PathLike]) -> Results:
+    """All that was found of runs, by suite and run. Raises UserError where a run was not evaluated."""
+    found: Results = {}
+    for workdir, label in zip(workdirs, labels(workdirs), strict=True):
+        paths = sorted(epath.Path(workdir).glob("evaluation/*.json"))
+        paths = [path for path in paths if path.name != "heldout.json"]
+        if not paths:
+            raise UserError(
+                f"{workdir} was not evaluated: run scripts/evaluate.py --workdir={workdir} --suite=... first."
+            )
+        for path in paths:
+            suite, _, variant = path.name.removesuffix(".json").partition("@")
+            name = f"{label} @ {variant}" if variant else label
+            found.setdefault(suite, {})[name] = load(path)[1]
+    return found
+
+
+def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    parts = [epath.Path(workdir).parts for workdir in workdirs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("--compare names one run twice.")
+
+
+def write_page(path: epath.PathLike, results: Results, title: str = "Evaluation") -> None:
+    """Writes the page, one file that needs no other."""
+    body = "".join(section(suite, runs) for suite, runs in sorted(results.items()))
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
+    )
+    write_bytes(path, page.encode())
+
+
+def section(suite: str, runs: Mapping[str, Result]) -> str:
+    """One suite of several runs as HTML: what the sweep report joins."""
+    names = dict.fromkeys(name for result in runs.values() for name in result.pictures)
+    pictures = [_picture(name, runs) for name in names]
+    return f"<h2>{html.escape(suite)}</h2>{_table(runs)}{''.join(pictures)}"
+
+
+def _table(runs: Mapping[str, Result]) -> str:
+    names = list(dict.fromkeys(name for result in runs.values() for name in result.scalars))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    rows = [
+        f"<tr><td>{html.escape(run)}</td>{''.join(_cell(result.scalars.get(name)) for name in names)}</tr>"
+        for run, result in runs.items()
+    ]
+    return f'<div class="scroll"><table><tr><th>run</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _cell(value: float | None) -> str:
+    return "<td></td>" if value is None else f"<td>{value:.4g}</td>"
+
+
+def _picture(name: str, runs: Mapping[str, Result]) -> str:
+    there = {run: result.pictures[name] for run, result in runs.items() if name in result.pictures}
+    grids = {run: picture for run, picture in there.items() if isinstance(picture, Grid)}
+    curves = {run: picture for run, picture in there.items() if isinstance(picture, Curves)}
+    figure = _grids(name, grids) if grids else _curves(name, curves)
+    return _svg(figure)
+
+
+def _grids(name: str, grids: Mapping[str, Grid]) -> Figure:
+    columns = min(3, len(grids))
+    rows = -(-len(grids) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    figure.suptitle(name)
+    for number, (run, grid) in enumerate(grids.items(), start=1):
+        draw(figure.add_subplot(rows, columns, number, title=run), grid)
+    return figure
+
+
+def _curves(name: str, curves: Mapping[str, Curves]) -> Figure:
+    """A panel for each line, with that line of every run; runs need not have the same places."""
+    lines = list(dict.fromkeys(line for picture in curves.values() for line in picture.lines))
+    columns = min(3, len(lines))
+    rows = -(-len(lines) // columns)
+    figure = Figure(figsize=(5.0 * columns, 3.6 * rows), layout="constrained")
+    figure.suptitle(name)
+    for number, line in enumerate(lines, start=1):
+        axes = figure.add_subplot(rows, columns, number, title=line)
+        having = {run: picture for run, picture in curves.items() if line in picture.lines}
+        for i, (run, picture) in enumerate(having.items()):
+            marks = picture.marks if i == len(having) - 1 else {}
+            draw(axes, replace(picture, lines={run: picture.lines[line]}, marks=marks))
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    text = to_bytes(figure, "svg").decode()
+    return f'<div class="scroll">{text[text.index("<svg") :]}</div>'
