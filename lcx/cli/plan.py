@@ -104,11 +104,13 @@ def plan_config(config: Config, hardware: "Hardware", say: Callable[[str], None]
         config, notes = for_hardware(config, hardware)
         mesh = make_mesh(config.mesh, devices_of(hardware))
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-        say(f"compiling for {hardware.name}, {axes} (minutes for a large model)")
         programs = make_programs(config, mesh)
         program = max(programs, key=lambda one: (tokens_of(one), one.config.train.sequence_length))
         if len(programs) > 1:
             notes.append(f"of {len(programs)} stages this is number {program.stage.number}, the largest")
+        train = program.config.train
+        shape = f"{train.batch_size} rows of {train.sequence_length:,} tokens"
+        say(f"compiling for {hardware.name}, {axes}, {shape} (minutes for a large model)")
         size = lambda tree: sum(map(device_bytes, jax.tree.leaves(tree)))  # noqa: E731
         state = program.abstract
         compiled = compile_step(program, hardware, size(state) + batch_bytes(program))

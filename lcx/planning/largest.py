@@ -62,6 +62,8 @@ def _next(points: Mapping[int, Plan], unit: int, memory: float) -> int | None:
         guess = _down(x0 + (memory - y0) / slope, unit) if slope > 0 else low
     if high is not None:
         guess = min(guess, _down(high - 1, unit))
+        if low and sum(not plan.fits for plan in points.values()) > 1:  # the line was wrong: no further than halfway
+            guess = min(guess, _down((low + high) / 2, unit))
     if not low:
         guess = max(guess, unit)
     return guess if guess > low and guess not in points else None
