@@ -7,7 +7,7 @@
 #
 #     launch/tpu_vm.sh host --config=... --workdir=...
 #
-# which asks the host's metadata who the others are. It ends as the run does: 75 means saved, to be started again.
+# which asks the host's metadata who the others are, and ends there as the run does: 75 means saved, to be started again.
 set -euo pipefail
 
 usage() {

@@ -38,6 +38,7 @@ _TOO_LARGE = re.compile(
     r"(?P<all>[Uu]sed (?P<used>[\d.]+)(?P<u>[KMGT]?)i?B? of [\d.]+\w* hbm)"
     r"|required for HLO temporaries \((?P<working>[\d.]+)(?P<w>[KMGT]?)i?B?\) exceeds available HBM"
 )
+MOST_COMPILED = 6  # candidates of a search
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -96,15 +97,20 @@ def plan_config(config: Config, hardware: "Hardware", say: Callable[[str], None]
     from lcx.parallel.mesh import make_mesh
     from lcx.planning.plan import make_plan
     from lcx.planning.targets import devices_of
-    from lcx.training.trainer import make_program
+    from lcx.training.trainer import make_programs
     from lcx_kernels.backends import compiling_for
 
     with compiling_for(hardware.platform):
         config, notes = for_hardware(config, hardware)
         mesh = make_mesh(config.mesh, devices_of(hardware))
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-        say(f"compiling for {hardware.name}, {axes} (minutes for a large model)")
-        program = make_program(config, mesh)
+        programs = make_programs(config, mesh)
+        program = max(programs, key=lambda one: (tokens_of(one), one.config.train.sequence_length))
+        if len(programs) > 1:
+            notes.append(f"of {len(programs)} stages this is number {program.stage.number}, the largest")
+        train = program.config.train
+        shape = f"{train.batch_size} rows of {train.sequence_length:,} tokens"
+        say(f"compiling for {hardware.name}, {axes}, {shape} (minutes for a large model)")
         size = lambda tree: sum(map(device_bytes, jax.tree.leaves(tree)))  # noqa: E731
         state = program.abstract
         compiled = compile_step(program, hardware, size(state) + batch_bytes(program))
@@ -112,6 +118,11 @@ def plan_config(config: Config, hardware: "Hardware", say: Callable[[str], None]
         plan = make_plan(program.config, hardware, dict(mesh.shape), compiled, bytes_of)
     plan.notes.extend(notes)
     return plan
+
+
+def tokens_of(program: "Program") -> int:
+    """Of a step."""
+    return program.config.train.batch_size * program.config.train.sequence_length
 
 
 def batch_bytes(program: "Program") -> int:
@@ -211,9 +222,6 @@ def plan_candidates(config: Config, hardware: "Hardware", say: Callable[[str], N
     if not plans:
         raise refusal or UserError(f"--search: no mesh of {hardware.devices} devices divides batch and sequence.")
     return sorted(plans, key=order)
-
-
-MOST_COMPILED = 4  # candidates of a search
 
 
 def progress() -> AbstractContextManager[Callable[[str], None]]:

@@ -7,6 +7,7 @@ from lcx.planning.plan import Plan
 
 FIELDS = ("batch_size", "sequence_length")
 PROPORTION = "in proportion to the tokens, from one compiled program; compile it (--largest) before you rely on it"
+NOT_FROM_HERE = "what was compiled does not fit: --largest compiles smaller ones"
 COMPILED = "a line through two compiled programs, and the result compiled"
 MOST_COMPILED = 4  # besides the plan itself
 
@@ -18,7 +19,7 @@ def in_proportion(plan: Plan, unit: Mapping[str, int]) -> dict[str, Any]:
     so a larger batch takes somewhat less than this, and nothing is said where the plan itself does not fit.
     """
     if not plan.fits:
-        return dict.fromkeys(FIELDS) | {"method": "unknown: what was compiled does not fit"}
+        return dict.fromkeys(FIELDS) | {"method": NOT_FROM_HERE}
     growing = plan.memory.total - plan.memory.state
     factor = (plan.hardware.memory - plan.memory.state) / max(growing, 1)
     largest = {name: _down(factor * getattr(plan.config.train, name), unit[name]) for name in FIELDS}
@@ -61,6 +62,8 @@ def _next(points: Mapping[int, Plan], unit: int, memory: float) -> int | None:
         guess = _down(x0 + (memory - y0) / slope, unit) if slope > 0 else low
     if high is not None:
         guess = min(guess, _down(high - 1, unit))
+        if low and sum(not plan.fits for plan in points.values()) > 1:  # the line was wrong: no further than halfway
+            guess = min(guess, _down((low + high) / 2, unit))
     if not low:
         guess = max(guess, unit)
     return guess if guess > low and guess not in points else None

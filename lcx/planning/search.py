@@ -1,6 +1,7 @@
 """Meshes and remat policies worth compiling, by arithmetic on the shapes: no more than a way to leave out most."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ POLICIES = ("none", "dots", "full")
 WIDEST_TENSOR = 8  # heads and channels are cut within a node, or along one axis of a torus
 # Arrays of the residual stream's size that a layer keeps for its backward pass, in the compute dtype.
 KEPT = {"none": 16.0, "dots": 8.0, "full": 2.0}
+POLICIES_PER_MESH = 2
+HALO = 2048  # tokens that each layer is taken to need of the shard of time before
 STATE_BYTES = 16.0  # of a parameter: itself, its gradient and two moments, in float32
 
 
@@ -27,7 +30,7 @@ class Guess:
 def candidates(config: Config, hardware: Hardware) -> Iterator[Config]:
     """The config on each mesh that batch and sequence divide over, under each remat policy, the most promising first.
 
-    The config's own mesh, where it fills the devices, and its own policies come first among equals.
+    Of each mesh the two policies with which it is fastest. The config's own policies come first among equals.
     """
     model = abstract_model(config.model)
     parameters, sublayers = parameter_count(model), config.model.periods * len(model.stack.layers)
@@ -40,11 +43,12 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[Config]:
         for policy in (None, *POLICIES):
             guess = _guess(config, hardware, mesh, policy, parameters, sublayers)
             found.append((guess.memory > hardware.memory, guess.seconds, len(found), mesh, policy))
-    seen = set()
+    seen: Counter[str] = Counter()
     for _, _, _, mesh, policy in sorted(found, key=lambda entry: entry[:3]):
         candidate = _with(config, mesh, policy)
-        if candidate.key not in seen:
-            seen.add(candidate.key)
+        where = candidate.mesh.key
+        if not seen[candidate.key] and seen[where] < POLICIES_PER_MESH:
+            seen.update((candidate.key, where))
             yield candidate
 
 
@@ -76,7 +80,8 @@ def _mixers(config: Config) -> list[str]:
 def _guess(
     config: Config, hardware: Hardware, mesh: dict[str, int], policy: str | None, parameters: int, sublayers: int
 ) -> Guess:
-    """Products at the chip's peak; weights gathered over fsdp and gradients summed over data; sums over tensor."""
+    """Products at the chip's peak; weights gathered over fsdp, gradients summed over data, sums over tensor, halos over
+    seq."""
     model, chip = config.model, hardware.chip
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     width = 4 if model.compute_dtype == "float32" else 2
@@ -93,4 +98,7 @@ def _guess(
     sent = (2 + again) * width * parameters / tensor * ring(fsdp) + 4 * parameters / tensor * ring(fsdp)
     sent += 8 * parameters / (fsdp * tensor) * ring(data)
     sent += 4 * sublayers * tokens * model.d_model * width * ring(tensor)
+    if mesh["seq"] > 1:
+        rows = config.train.batch_size / (data * fsdp)
+        sent += 4 * sublayers * rows * min(HALO, config.train.sequence_length / mesh["seq"]) * model.d_model * width
     return Guess(memory, compute + sent / chip.link)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.aot
 
 SMALL = [
     "--config=configs/samba.py:size=tiny",
+    "--config.model.pattern=mamba swa mlp",
     "--config.model.d_model=256",
     "--config.model.vocab_size=1024",
     "--config.model.mixers.swa.num_heads=2",
@@ -62,9 +63,12 @@ def test_a_tpu(tmp_path):
 
 def test_eight_gpus(tmp_path):
     gpu_targets.h100_mesh()  # skips where there is no compiler
-    made = plan(tmp_path, *SMALL, "--hardware=h100:8", "--mesh=fsdp=2,seq=4")
+    small = ["--config=configs/transformer.py:size=tiny", "--config.model.mixers.attention.num_heads=2"]
+    small += ["--config.model.mixers.attention.num_kv_heads=2", "--config.train.sequence_length=1024"]
+    made = plan(tmp_path, *small, "--hardware=h100:8", "--mesh=fsdp=8")
     check(made)
-    assert made["notes"] == ["swa: compiled with backend=triton, since cuDNN needs the GPU itself"]
+    assert made["notes"] == ["attention: compiled with backend=triton, since cuDNN needs the GPU itself"]
+    assert {entry["collective"] for entry in made["wire"]} >= {"all-gather", "reduce-scatter"}
 
 
 def test_what_does_not_fit_is_a_plan_too(tmp_path, capsys):
