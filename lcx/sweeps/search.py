@@ -16,15 +16,13 @@ class Searched:
     """
 
     def __init__(self, sweep: Sweep, trials: list[Trial], folder: Folder):
-        """Raises UserError where optuna is not installed, or a field does not exist or cannot have its values."""
+        """Raises UserError where optuna is not installed."""
         try:
             import optuna
         except ImportError:
             raise UserError("a search needs optuna: pip install 'lcx[sweep]'.") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._search, self._points = optuna, sweep.search, {trial.name: trial for trial in trials}
-        for trial in trials:  # a field that does not exist is found before anything is kept
-            with_values(trial, {key: _example(space) for key, space in sweep.search.space.items()}, 0)
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study)))
         self._studies = {
             name: optuna.create_study(storage=storage, study_name=name, direction=sweep.goal, load_if_exists=True)
@@ -68,12 +66,6 @@ class Searched:
         samplers = self._optuna.samplers
         made = {"tpe": samplers.TPESampler, "random": samplers.RandomSampler, "gp": samplers.GPSampler}
         return made[self._search.sampler](seed=seed)
-
-
-def _example(space: Range) -> Any:
-    if space.choices:
-        return space.choices[0]
-    return int(space.high) if space.integer else space.high
 
 
 def _distribution(optuna: Any, space: Range) -> Any:
