@@ -61,7 +61,8 @@ def python(wheel, tmp_path_factory):
 
 
 def test_every_file_is_in_the_wheel(wheel):
-    sources = {path.relative_to(ROOT) for name in ("lcx", "kernels") for path in (ROOT / name).rglob("*.py")}
+    files = [path for name in ("lcx", "kernels") for path in (ROOT / name).rglob("*") if path.is_file()]
+    sources = {path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts}
     expected = {re.sub("^kernels/", "lcx_kernels/", path.as_posix()) for path in sources}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected

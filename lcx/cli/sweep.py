@@ -122,9 +122,9 @@ def starter(values: SimpleNamespace, sweep: Any, folder: Any) -> Callable:
         from lcx.sweeps.slurm import starter
 
         return starter(sweep, folder)
-    from lcx.sweeps.local import Process
+    from lcx.sweeps.local import Local
 
-    return lambda trial: Process(folder, trial)
+    return Local(folder, values.jobs)
 
 
 def draw_report(values: SimpleNamespace, sweep: Any, trials: list, folder: Any, measure: "Measure") -> None:

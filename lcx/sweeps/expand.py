@@ -57,6 +57,9 @@ def expand(sweep: Sweep, measure: Measure) -> list[Trial]:
             for budget in sweep.budgets or (None,):
                 trials.append(_trial(sweep, point, shape, budget, measure))
     _check_names(trials)
+    if sweep.search:
+        for trial in trials:  # a field that does not exist is found before anything runs
+            with_values(trial, {key: space.example for key, space in sweep.search.space.items()}, 0)
     return trials
 
 

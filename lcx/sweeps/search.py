@@ -16,7 +16,7 @@ class Searched:
     """
 
     def __init__(self, sweep: Sweep, trials: list[Trial], folder: Folder):
-        """Raises UserError where optuna is not installed, or the studies are of another search."""
+        """Raises UserError where optuna is not installed."""
         try:
             import optuna
         except ImportError:

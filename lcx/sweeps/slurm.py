@@ -1,5 +1,6 @@
 """Trials as jobs of SLURM, through submitit."""
 
+import logging
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ def starter(sweep: Sweep, folder: Folder) -> Callable[[Trial], "Job"]:
         import submitit
     except ImportError:
         raise UserError("--slurm needs submitit: pip install 'lcx[sweep]'.") from None
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at each look where SLURM keeps no accounts
     executor = submitit.SlurmExecutor(folder=folder.path / "slurm")
     try:
         executor.update_parameters(**{"time": TIMEOUT, "job_name": "lcx", **sweep.slurm})

@@ -28,6 +28,13 @@ class Range:
         if self.log and self.low <= 0:
             raise UserError(f"search.space: a range that is even in the logarithm begins above 0, not at {self.low:g}.")
 
+    @property
+    def example(self) -> Any:
+        """One of the values."""
+        if self.choices:
+            return self.choices[0]
+        return int(self.high) if self.integer else self.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class Search:

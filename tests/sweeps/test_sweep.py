@@ -15,6 +15,7 @@ from lcx.errors import UserError
 from lcx.schema import build
 from lcx.sweeps.expand import expand, safe_name, short_names
 from lcx.sweeps.folder import Folder
+from lcx.sweeps.local import shares
 from lcx.sweeps.run import Listed, run
 from lcx.sweeps.spec import Sweep, load_sweep
 from tests.sweeps.sweep_files import write_sweep
@@ -222,6 +223,15 @@ def test_a_trial_ends_with_its_sweep():
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "the trial outlived its sweep"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "gpus, jobs, expected",
+    [("0123", 2, ["01", "23"]), ("012", 2, ["0", "1"]), ("0", 2, ["", ""]), ("0123", 1, [""]), ("", 3, ["", "", ""])],
+)
+def test_trials_at_a_time_have_gpus_of_their_own(gpus, jobs, expected):
+    """A trial alone has what the sweep has, and so have trials that are more than the GPUs."""
+    assert ["".join(share) for share in shares(list(gpus), jobs)] == expected
 
 
 def test_measure_counts_as_planning_does():
