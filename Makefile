@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --constraint requirements.lock
 RECIPE := pyproject.toml setup.py requirements.lock
 
-.PHONY: quickstart test lint format drills meshes parity interpret aot bench clean
+.PHONY: quickstart test lint format drills drills-table meshes parity interpret aot bench clean
 
 quickstart: .venv/installed  ## trains a tiny SAMBA on the source code of Python's standard library
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -21,6 +21,9 @@ test: .venv/installed-test  ## the tests that take seconds
 
 drills: .venv/installed-test  ## the tests that take minutes: kills and resumes, whole runs
 	$(BIN)/pytest -n 2 --dist loadfile -m "($(DRILLS)) and not parity and not aot and not mesh"
+
+drills-table:  ## what the drills have shown, into docs/reliability.md
+	$(PYTHON) tests/drills/table.py
 
 meshes: .venv/installed-test  ## every mixer and family on every mesh, against one device, and runs of fifty steps
 	$(BIN)/pytest -n 2 --dist worksteal -m "$(MESHES)" tests/laws tests/training
