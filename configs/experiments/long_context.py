@@ -1,36 +1,39 @@
 """Who retrieves and who extrapolates: six tiny models of equal size on passkeys and source code, in rows of 512 bytes.
 
-    python scripts/train.py --config=configs/experiments/long_context.py:model=samba,seed=0 --workdir=runs/samba-0
-    python scripts/evaluate.py --workdir=runs/samba-0 --suite=passkey,perplexity
+    python scripts/sweep.py --config=configs/sweeps/long_context.py --workdir=runs/long_context
+    python scripts/train.py --config=configs/experiments/long_context.py:model=samba --workdir=runs/samba
 
-Options: model (a name of MODELS), seed, steps and learning_rate.
+The first line is the whole experiment, three seeds of each; the second is one run of it. A run ends with its
+evaluation: passkeys and perplexity from 512 to 16,384 bytes.
 
-A third of the rows is the standard library's source code, the rest are passkeys of three lengths, the short ones to be
-learned first. Every byte counts: the key comes twice in its sentence, and to copy it there is where models begin.
+Options: model (a name of MODELS), seed, steps, learning_rate, and longest, the length that is evaluated last.
+
+A quarter of the rows is the standard library's source code, a quarter short strings to be copied, half are passkeys of
+three lengths. Every byte of a passkey counts: the key comes twice in its sentence, and is copied there first.
 """
 
 from ml_collections import ConfigDict
 
 from lcx.config import choose, default_config, parse_options
 
-LENGTH = 512
+LENGTH = 512  # of a row in training
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)  # that are evaluated
 WINDOW = 64
 WIDTH = 64
 HEADS = {"num_heads": 4}
-MLP = {"type": "mlp", "d_ff": 192}
 
-# Each has the same width and about the same number of parameters.
+# All have the same width, and 245,000 parameters to half a percent.
 MODELS = {
-    "samba": dict(pattern="mamba mlp swa mlp", periods=2),
+    "samba": dict(pattern="mamba mlp swa mlp", periods=2, d_ff=170),
     "mamba": dict(pattern="mamba", periods=7),
-    "window": dict(pattern="swa mlp", periods=4),
-    "transformer": dict(pattern="attention mlp", periods=4),
-    "infini": dict(pattern="infini mlp", periods=4),
-    "sink": dict(pattern="sink mlp", periods=4),
+    "window": dict(pattern="swa mlp", periods=4, d_ff=212),
+    "transformer": dict(pattern="attention mlp", periods=4, d_ff=212),
+    "infini": dict(pattern="infini mlp", periods=4, d_ff=212),
+    "sink": dict(pattern="sink mlp", periods=4, d_ff=212),
 }
 MIXERS = {
     "mamba": {"type": "mamba"},
-    "mlp": MLP,
+    "mlp": {"type": "mlp"},
     "swa": {"type": "attention", "window": WINDOW} | HEADS,
     "attention": {"type": "attention"} | HEADS,
     "infini": {"type": "infini", "segment_length": WINDOW} | HEADS,
@@ -38,17 +41,27 @@ MIXERS = {
 }
 PASSKEYS = (128, 256, 512)  # tokens of an example
 DIGITS = 3
+# What teaches copying soonest: strings of symbols, digits among them, that come twice.
+COPYING = {
+    "name": "copying",
+    "path": "copying",
+    "format": "synthetic",
+    "weight": 1.0,
+    "options": {"length": 33, "heldout": 0},
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of one run; `arg` is "model=samba,seed=1" or a part of it."""
-    options = parse_options(arg, model="samba", seed=0, steps=1200, learning_rate=3e-3)
-    chosen = choose("model", options["model"], MODELS)
+    options = parse_options(arg, model="samba", seed=0, steps=2400, learning_rate=3e-3, longest=16_384)
+    chosen = dict(choose("model", options["model"], MODELS))
+    mlp = {"d_ff": chosen.pop("d_ff", None)}
 
     config = default_config()
     config.model.update(family=options["model"], d_model=WIDTH, vocab_size=256, **chosen)
-    config.model.mixers = {name: MIXERS[name] for name in dict.fromkeys(chosen["pattern"].split())}
-    config.data.sources = [{"name": "python", "path": "stdlib", "weight": 1.0}] + [
+    names = dict.fromkeys(chosen["pattern"].split())
+    config.model.mixers = {name: MIXERS[name] | (mlp if name == "mlp" else {}) for name in names}
+    config.data.sources = [{"name": "python", "path": "stdlib", "weight": 1.0}, COPYING] + [
         {
             "name": f"passkey-{length}",
             "path": "passkey",
@@ -59,7 +72,13 @@ def get_config(arg: str = "") -> ConfigDict:
         for length in PASSKEYS
     ]
     config.data.seed = config.train.seed = options["seed"]
-    config.train.update(steps=options["steps"], batch_size=16, sequence_length=LENGTH)
+    config.train.update(steps=options["steps"], batch_size=4, sequence_length=LENGTH)
     config.optimizer.update(learning_rate=options["learning_rate"], warmup_steps=50)
     config.checkpoint.every = 200
+    lengths = [length for length in LENGTHS if length <= options["longest"]]
+    config.evaluation.update(max_rows=64, suites=["passkey", "perplexity"], chunk_size=512)
+    config.evaluation.options = {
+        "passkey": {"lengths": lengths, "depths": 5, "samples": 4, "digits": DIGITS, "style": "plain"},
+        "perplexity": {"lengths": lengths, "documents": 8, "whole": 0},
+    }
     return config

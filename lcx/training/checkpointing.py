@@ -251,7 +251,7 @@ class Checkpoints:
             what = next((what for numbers, *what in MENDABLE if _is_of(error, numbers)), None)
             if what is None:
                 raise
-            # What orbax had not begun yet is dropped, and Python would say so, coroutine by coroutine, after the sentence.
+            # What orbax had not begun yet is dropped; Python would say so, coroutine by coroutine, after the sentence.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             latest = self.latest()
             kept = "no checkpoint was saved before" if latest is None else f"the checkpoint of step {latest} is whole"
