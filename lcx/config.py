@@ -189,7 +189,7 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """Which update, and how large. Warm-up and decay are clamped to the run's steps where the schedule is built."""
 
-    name: str = "adamw"  # a name of the table in lcx.training.optimizers
+    name: str = "adamw"  # or "lion": the table in lcx.training.optimizers
     learning_rate: float = limited(3e-4, minimum=0)  # peak
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm up, stay, decay
     warmup_steps: int = limited(100, minimum=0)  # linear, from 0 to the peak

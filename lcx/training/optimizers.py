@@ -48,8 +48,23 @@ def _adamw(config: OptimizerConfig, decays: Tree) -> optax.GradientTransformatio
     )
 
 
+def _lion(config: OptimizerConfig, decays: Tree) -> optax.GradientTransformation:
+    """The sign of an average of gradient and momentum (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
+
+    Its authors advise a learning rate of a third to a tenth of AdamW's, with a weight decay as much larger.
+    """
+    beta1, beta2 = config.betas
+    return optax.chain(
+        optax.scale_by_lion(b1=beta1, b2=beta2),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
 # (config, tree of flags: does it decay?) -> a transformation of gradients to directions that learning rates multiply
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Tree], optax.GradientTransformation]] = {"adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Tree], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+}
 
 
 def _scale_by_peaks(config: OptimizerConfig, declarations: Tree) -> optax.GradientTransformation:

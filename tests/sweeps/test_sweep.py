@@ -115,6 +115,15 @@ def test_shipped_sweeps_are_sweeps(path, monkeypatch):
     assert load_sweep(f"configs/sweeps/{path}").configs
 
 
+def test_a_branch_decays_from_its_step_on():
+    sweep = load_sweep("configs/sweeps/branches.py:run=runs/x,steps=7+500+1000,decay=0.2")
+    assert sweep.configs == {"branch": "runs/x/config.json"}
+    for point, step in zip(sweep.points, (7, 500, 1000), strict=True):
+        steps, fraction = point["train.steps"], point["optimizer.decay_fraction"]
+        assert point["checkpoint.fork"] == f"runs/x@{step}"
+        assert steps - round(fraction * steps) == step and fraction == pytest.approx(0.2, abs=0.05)
+
+
 def test_a_folder_has_one_sweep_at_a_time(tmp_path):
     code = (
         "import sys, time; from lcx.sweeps.folder import Folder\n"

@@ -72,6 +72,21 @@ def test_equals_adamw_written_from_the_paper():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), ours, golden)
 
 
+def test_equals_lion_written_from_the_paper():
+    config = dataclasses.replace(CONFIG, name="lion", clip_norm=1e9)
+    history, _ = run(config, draw(0))
+    shape = schedule_shape(config, STEPS)
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.astype(np.float64), draw(0)))
+    momenta = [np.zeros_like(x) for x in leaves]
+    for step, ours in enumerate(history, start=1):
+        for i, gradient in enumerate(g.astype(np.float64) for g in jax.tree.leaves(draw(step))):
+            direction = np.sign(0.9 * momenta[i] + 0.1 * gradient) + jax.tree.leaves(DECAYS)[i] * leaves[i]
+            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+            leaves[i] = leaves[i] - float(shape(step - 1)) * jax.tree.leaves(PEAKS)[i] * direction
+        golden = jax.tree.unflatten(tree, leaves)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), ours, golden)
+
+
 def test_decay_acts_only_where_declared_unless_everywhere():
     def moved_by_decay(**options):
         config = dataclasses.replace(CONFIG, **options)
