@@ -8,9 +8,9 @@ evaluation: passkeys and perplexity from 512 to 16,384 bytes.
 
 Options: model (a name of MODELS), seed, steps, learning_rate, and longest, the length that is evaluated last.
 
-A quarter of the rows is the standard library's source code, half are passkeys of three lengths, of which the key alone
-counts. The last quarter teaches copying, without which nobody finds a key in so short a time: strings that come twice,
-and passkeys of which every byte counts, for a key comes twice in its sentence.
+A quarter of the rows is the standard library's source code, three eighths are passkeys of three lengths, of which the
+key alone counts. The rest teaches copying, without which nobody finds a key in so short a training: strings that come
+twice, and passkeys of which every byte counts, for a key comes twice in its sentence.
 """
 
 from ml_collections import ConfigDict
@@ -57,10 +57,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.mixers = {name: MIXERS[name] | (mlp if name == "mlp" else {}) for name in names}
     config.data.sources = [
         {"name": "python", "path": "stdlib", "weight": 1.0},
-        synthetic("copying", "copying", 0.5, length=33),
+        synthetic("copying", "copying", 1.0, length=33),
         synthetic("sentences", "passkey", 0.5, length=128, digits=DIGITS, loss="all"),
         *(
-            synthetic(f"passkey-{length}", "passkey", 2 / 3, KEY_WEIGHT, length=length, digits=DIGITS)
+            synthetic(f"passkey-{length}", "passkey", 0.5, KEY_WEIGHT, length=length, digits=DIGITS)
             for length in PASSKEYS
         ),
     ]
