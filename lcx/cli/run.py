@@ -210,7 +210,7 @@ class InLoop:
 
         def found() -> dict[str, Result]:
             with program.on_mesh():
-                return find(model, evaluation, material, say=speaker())
+                return dict(find(model, evaluation, material, say=speaker()))
 
         results = run_interruptible(found)
         self._done = step

@@ -1,7 +1,7 @@
 """Suites on a model, found once or inside training: run, said, written down."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -24,22 +24,22 @@ def check_suites(config: EvaluationConfig) -> dict[str, Any]:
 
 def find(
     model: LanguageModel, config: EvaluationConfig, material: Material, say: Callable[[str], None]
-) -> dict[str, Result]:
-    """The result of each suite that a config names. Raises UserError as the suites do."""
-    results = {}
+) -> Iterator[tuple[str, Result]]:
+    """Each suite that a config names with its result, as soon as it is there. Raises UserError as the suites do."""
     for name, options in check_suites(config).items():
         begun = time.perf_counter()
-        results[name] = Result.of(suites.run(name, model, options, material))
-        say(f"{name} ({time.perf_counter() - begun:.0f} s): {_summary(results[name])}")
-    return results
+        result = Result.of(suites.run(name, model, options, material))
+        say(f"{name} ({time.perf_counter() - begun:.0f} s): {_summary(result)}")
+        yield name, result
 
 
 def run_suites(trained: Trained, out: epath.PathLike | None, say: Callable[[str], None]) -> None:
     """The suites of a config on a model that is here, written to `out` or into its workdir."""
     folder = epath.Path(out) if out else trained.folder / "evaluation"
     board = trained.folder / "tensorboard" / "evaluation" if trained.config.logging.tensorboard and not out else None
-    results = find(trained.model, trained.config.evaluation, make_material(trained.config), say)
-    keep(results, folder, board, trained.step, trained.config.evaluation, trained.variant)
+    evaluation = trained.config.evaluation
+    for name, result in find(trained.model, evaluation, make_material(trained.config), say):
+        keep({name: result}, folder, board, trained.step, evaluation, trained.variant)  # what a later suite cannot lose
     say(f"written to {folder}")
 
 

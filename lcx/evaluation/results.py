@@ -138,7 +138,8 @@ def draw(axes: Axes, picture: Picture) -> None:
 def _draw_grid(axes: Axes, grid: Grid) -> None:
     values = np.array([[math.nan if value is None else value for value in row] for row in grid.values], float)
     low, high = grid.limits or (None, None)
-    image = axes.imshow(values, aspect="auto", cmap="RdYlGn", vmin=low, vmax=high, interpolation="nearest")
+    colours = "RdYlGn" if grid.limits else "viridis"  # red is bad only where numbers are scores
+    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     axes.set_xticks(range(len(grid.columns)), [_label(column) for column in grid.columns])
     axes.set_yticks(range(len(grid.rows)), [_label(row) for row in grid.rows])
     axes.set(xlabel=grid.column_name, ylabel=grid.row_name)
@@ -146,7 +147,9 @@ def _draw_grid(axes: Axes, grid: Grid) -> None:
     if values.size <= 150:
         for (row, column), value in np.ndenumerate(values):
             if math.isfinite(value):
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7)
+                red, green, blue, _ = image.cmap(image.norm(value))
+                ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=ink)
 
 
 def _draw_curves(axes: Axes, curves: Curves) -> None:

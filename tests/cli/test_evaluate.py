@@ -62,7 +62,7 @@ def test_suites_run_inside_training(run):
     assert logged[4] == found["scalars"]["bits_at_32"] and logged[2] == found["history"][0]["scalars"]["bits_at_32"]
     assert (run / "evaluation" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     events = b"".join(path.read_bytes() for path in (run / "tensorboard" / "evaluation").iterdir())
-    assert b"perplexity/bits_at_64" in events and b"perplexity/bits by position" in events
+    assert b"perplexity/bits_at_64" in events and b"perplexity/bits_by_position" in events
 
 
 @pytest.mark.slow
