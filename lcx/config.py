@@ -255,7 +255,7 @@ class HealthConfig(Section):
 
     skip: bool = True  # steps whose loss or gradient is not finite, or spikes, leave the parameters as they were
     window: int = limited(128, minimum=16, maximum=4096)  # good steps that say what is usual, once half are there
-    threshold: float = limited(20.0, above=0)  # a spike: so many robust standard deviations above the window's median
+    threshold: float = limited(30.0, above=0)  # a spike: so many robust standard deviations above the window's median
     patience: int = limited(10, minimum=1)  # skipped steps in a row after which the run rewinds
     max_rewinds: int = limited(3, minimum=0, maximum=16)  # after which it gives up
     step_timeout: float = limited(1800.0, minimum=0)  # seconds after which a step is stuck; 0: never

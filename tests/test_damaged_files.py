@@ -62,7 +62,7 @@ def replaced(draw: st.DrawFn, tree: Any) -> Any:
 
 
 def manifest(folder: Path) -> Callable[[bytes], None]:
-    from lcx.training.checkpointing import Checkpoints, newest
+    from lcx.training.checkpointing import Checkpoints, manifest_digest, newest
 
     files = {"a/b": {"sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "size": 0}}
 
@@ -77,7 +77,8 @@ def manifest(folder: Path) -> Callable[[bytes], None]:
         checkpoints._staying() if checkpoints.steps() else None
         checkpoints.close()
 
-    read.whole = json.dumps({"format_version": 1, "step": 7, "files": files, "seconds": 1.0, "score": 2.0}).encode()
+    record = {"step": 7, "files": files, "seconds": 1.0, "score": 2.0}
+    read.whole = json.dumps({"format_version": 1, **record, "digest": manifest_digest(record)}).encode()
     return read
 
 

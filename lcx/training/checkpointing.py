@@ -10,13 +10,14 @@ the next start removes it. On object storage, which knows no rename, nothing but
 
 import errno
 import hashlib
+import json
 import logging
 import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -190,8 +191,8 @@ class Checkpoints:
                     sync(path)
             fingerprints = {name: _fingerprint(path) for name, path in files.items()}
             seconds = time.monotonic() - began
-            facts |= {"seconds": seconds}
-            write_json(_manifest(self._folder, step), {"step": step, "files": fingerprints, **facts})
+            record = {"step": step, "files": fingerprints, "seconds": seconds, **facts}
+            write_json(_manifest(self._folder, step), record | {"digest": manifest_digest(record)})
             self._slowest_save = max(self._slowest_save or 0.0, seconds)
             stay = self._staying()
             for old in self.steps():
@@ -251,7 +252,7 @@ class Checkpoints:
             what = next((what for numbers, *what in MENDABLE if _is_of(error, numbers)), None)
             if what is None:
                 raise
-            # What orbax had not begun yet is dropped; Python would say so, coroutine by coroutine, after the sentence.
+            # What orbax had not begun yet is dropped; Python would say so of each coroutine, after the sentence.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             latest = self.latest()
             kept = "no checkpoint was saved before" if latest is None else f"the checkpoint of step {latest} is whole"
@@ -347,6 +348,11 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
     return epath.Path(folder).absolute() if is_local(folder) else epath.Path(folder)
 
 
+def manifest_digest(record: Mapping[str, Any]) -> str:
+    """The sha256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _manifest(folder: epath.Path, step: int) -> epath.Path:
     return folder / f"{step}.manifest.json"
 
@@ -363,9 +369,10 @@ def _damage(folder: epath.Path, step: int) -> str | None:
         manifest = read_json(_manifest(folder, step))
     except UserError:
         return "its manifest cannot be read"
+    digest = manifest.pop("digest", None)
     stated, present = manifest.get("files"), _files(folder / str(step))
-    if manifest.get("step") != step or not isinstance(stated, dict):
-        return "its manifest is not its own"
+    if manifest.get("step") != step or not isinstance(stated, dict) or digest != manifest_digest(manifest):
+        return "its manifest was changed, or is another one's"
     for name in sorted(stated.keys() | present.keys()):
         if name not in present:
             return f"{name} is missing"

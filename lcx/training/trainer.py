@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -248,7 +248,7 @@ def _train(
                 state = program.enter(state)  # before a checkpoint, which the next stage is restored from
                 if step < config.train.steps:
                     report.say(f"stage {program.stage.number} from data index {program.stage.first_index}: compiling")
-                    with watchdog.paused():
+                    with watchdog.paused(), suppress(Interrupted):  # the loop ends by itself, and saves
                         train_step = compile_step(program)
             if _due(step, config.checkpoint.every):
                 if late:
@@ -274,7 +274,10 @@ def _begin(programs: Sequence[Program], around: Surroundings) -> tuple[int | Non
         data_index = health.index_from(jax.device_get(state.data_index), judged)
         place = lambda value, leaf: jax.device_put(value, leaf.sharding)  # noqa: E731
         judged = jax.tree.map(place, judged, state.health)
+        stages = [program_at(programs, int(index)) for index in (state.data_index, data_index)]
         state = replace(state, health=judged, data_index=place(np.int32(data_index), state.data_index))
+        if stages[0] is not stages[1]:
+            state = stages[1].enter(state)
     if restored is None and programs[0].config.checkpoint.fork:
         saved = int(state.step)  # at once: what it was forked from may go on, and let its checkpoints go
         around.checkpoints.save(saved, state)

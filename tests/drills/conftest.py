@@ -21,7 +21,7 @@ def record() -> Callable[[str, str, str], None]:
     return write
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> Callable[..., Path]:
     """The workdir of an uninterrupted run of so many steps, made once."""
     from tests.drills.runs import Run

@@ -28,7 +28,13 @@ FLAGS = [
     "--config.logging.tensorboard=false",
     "--config.evaluation.max_rows=8",
 ]
-ENVIRONMENT = {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(Path(".cache/drills").absolute())}
+SECRET = "a-token-that-nobody-may-read"
+ENVIRONMENT = {
+    "HF_TOKEN": SECRET,
+    "WANDB_API_KEY": SECRET,
+    "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(".cache/drills").absolute()),
+}
 
 
 def devices(count: int) -> dict[str, str]:
@@ -93,6 +99,8 @@ class Run:
     def finish(self, code: int = 0, limit: float = 600) -> str:
         assert self.process.wait(timeout=limit) == code, self.said()[-3000:]
         self.nothing_is_left()
+        files = [path for path in self.workdir.glob("*") if path.is_file()]
+        assert not any(SECRET.encode() in path.read_bytes() for path in [self.log, *files])
         return self.said()
 
     def nothing_is_left(self) -> None:

@@ -50,6 +50,8 @@ def test_kills(undisturbed, tmp_path, record, kills, steps):
     print(f"kills: {counts}")
     assert counts["inside a save"] >= kills // 3
     assert_same_run(tmp_path / "killed", undisturbed(steps), steps)
+    if kills < 50:
+        return
     record(
         f"{kills} kill -9 at random moments, {counts['inside a save']} of them inside a save, two worker processes",
         f"{kills} resumes; parameters, optimizer and metrics bitwise equal; no process, no shared memory left",
@@ -94,6 +96,8 @@ def test_signals_in_each_phase(undisturbed, tmp_path, record, phases, rounds):
     Run(workdir, steps, evaluating).finish()
     losses = [[line["loss"] for line in logged(path)] for path in (workdir, undisturbed(steps))]
     assert losses[0] == losses[1]
+    if rounds == 1:
+        return
     record(
         f"SIGTERM in {', '.join(phases)}",
         f"{len(waited)} of {len(waited)} saved, exit 75; the longest took {max(waited)[0]:.1f} s, "
