@@ -19,7 +19,7 @@ from tests.drills.runs import FLAGS, Run, committed, devices, logged, make_corpu
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 50
 LAUNCH = [sys.executable, "launch/local.py", "-n", "2", "--devices={}", "scripts/train.py"]
 MESH = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.seq=2"]
 
@@ -50,7 +50,6 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.long
 def test_two_processes_are_one(alone, tmp_path):
     workdir = tmp_path / "run"
     said = run_two(workdir).finish()
@@ -59,7 +58,7 @@ def test_two_processes_are_one(alone, tmp_path):
     scores = [json.loads((path / "evaluation/heldout.json").read_text())["loss"] for path in (workdir, alone)]
     np.testing.assert_allclose(*scores, rtol=1e-6)
     assert said.count("held-out loss") == 1  # the first process speaks for both
-    assert committed(workdir) == committed(alone) == [20, 25, 30]
+    assert committed(workdir) == committed(alone) == [40, 45, 50]
 
 
 @pytest.mark.long
