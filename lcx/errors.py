@@ -10,6 +10,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class SaveFailed(UserError):
+    """A checkpoint could not be written. Threads that wait for the rest of it would keep the process from ending."""
+
+
 class RunFailed(UserError):
     """A run that does not get better by being started again: its message says what was tried."""
 

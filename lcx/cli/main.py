@@ -1,12 +1,13 @@
 """`lcx VERB ...`: finds the verb's main, runs it, and turns what a user can mend into one sentence and exit code 2."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from lcx import __version__
 from lcx.cli.flags import Help
-from lcx.errors import UserError, suggest
+from lcx.errors import SaveFailed, UserError, suggest
 
 # The verb: (the module whose `main(argv) -> exit code` it is, what it does).
 VERBS = {
@@ -43,6 +44,9 @@ def run(verb_main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SaveFailed):
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)

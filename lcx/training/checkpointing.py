@@ -15,11 +15,13 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ import tensorstore
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from lcx.errors import UserError
+from lcx.errors import SaveFailed, UserError
 from lcx.files import is_local, read_json, sync, temporary_name, write_bytes, write_json
 from lcx.parallel import processes
 from lcx.params import path_name
@@ -49,6 +51,15 @@ REMNANT = re.compile(r"\d+\.orbax-checkpoint-tmp.*|" + temporary_name(MANIFEST.p
 
 # What fails in orbax's threads is raised by `wait`; orbax also logs it, several times, with tracebacks.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+def _unraisable(hook: Callable, unraisable: Any) -> None:
+    """Where one array cannot be written orbax closes its loop, and TensorStore's callbacks of the others print that."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
+sys.unraisablehook = partial(_unraisable, sys.unraisablehook)
 
 
 class Checkpoints:
@@ -256,7 +267,7 @@ class Checkpoints:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             latest = self.latest()
             kept = "no checkpoint was saved before" if latest is None else f"the checkpoint of step {latest} is whole"
-            raise UserError(
+            raise SaveFailed(
                 f"{what[0]}: the checkpoint of step {step} could not be written to {self._folder}; {kept}: "
                 f"{what[1]} and give the same command again."
             ) from error
