@@ -12,9 +12,9 @@ if [[ -z ${SLURM_PROCID:-} || -z ${SLURM_STEP_NUM_TASKS:-} ]]; then
   exit 2
 fi
 if ((SLURM_STEP_NUM_TASKS > 1)); then
-  first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
-  # A port for each job, so that two on one node do not meet.
-  export JAX_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 20000))"
+  nodes=$(scontrol show hostnames "$SLURM_STEP_NODELIST")  # no pipe to head, which would end it before it is done
+  # The first node; a port for each job, so that two on one node do not meet.
+  export JAX_COORDINATOR_ADDRESS="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"
   export JAX_NUM_PROCESSES=$SLURM_STEP_NUM_TASKS
   export JAX_PROCESS_ID=$SLURM_PROCID
 fi
