@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from lcx.cli.load import check_and_open_export, open_checkpoint
 from lcx.cli.material import config_of_export
-from lcx.config import Config, ConfigDict, override
+from lcx.config import Config, override
 from lcx.data import Tokenizer, load_tokenizer
 from lcx.errors import UserError
 from lcx.evaluation.policies import apply_policy
