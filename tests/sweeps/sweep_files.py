@@ -35,12 +35,12 @@ def write_sweep(path: Path, sweep: dict) -> Path:
     return path
 
 
-def small_sweep(folder: Path, families: list[str], **more) -> Path:
+def small_sweep(folder: Path, families: list[str], steps: int = SMALL["train.steps"], **more) -> Path:
     """A sweep file over tiny families."""
     corpus = make_corpus(folder / "corpus")
     sweep = {
         "configs": {family: f"configs/{family}.py:size=tiny" for family in families},
-        "set": SMALL | {"data.sources[0].path": str(corpus)},
+        "set": SMALL | {"train.steps": steps, "data.sources[0].path": str(corpus)},
     }
     return write_sweep(folder / "sweep.py", sweep | more)
 
