@@ -48,11 +48,14 @@ def pallas_calls(function: Any, *arguments: Any) -> list[Call]:
     return [_call(equation) for equation in calls]
 
 
+FREE = ("broadcast_in_dim", "name", "pvary", "reshape")  # read and write nothing: `name` is not in the program at all
+
+
 def bytes_around(function: Any, *arguments: Any) -> int:
     """What the other operations of ``function`` read and write if none of them are fused: too much rather than not."""
     total = 0
     for equation in _equations(jax.make_jaxpr(function)(*arguments).jaxpr):
-        if not _is_call(equation) and equation.primitive.name not in ("broadcast_in_dim", "pvary", "reshape"):
+        if not _is_call(equation) and equation.primitive.name not in FREE:
             arrays = itertools.chain(equation.invars, equation.outvars)
             total += sum(_bytes(array.aval) for array in arrays if array.aval.shape)
     return total
