@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 GRACE = 10.0  # seconds that the others have when one has failed
 
@@ -23,8 +24,13 @@ def main() -> int:
     """Starts the processes, passes signals on to them and waits."""
     arguments = parse()
     running = start(arguments.command, arguments.processes, arguments.devices)
+    return attend(running, lambda received: [process.send_signal(received) for process in running])
+
+
+def attend(running: list[subprocess.Popen], pass_on: Callable[[int], object]) -> int:
+    """Shows what the processes say, gives signals to `pass_on`, and waits; see `wait` for the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: [process.send_signal(received) for process in running])
+        signal.signal(number, lambda received, _: pass_on(received))
     echoes = [threading.Thread(target=echo, args=pair) for pair in enumerate(running)]
     for thread in echoes:
         thread.start()

@@ -14,10 +14,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import uuid
 
-from local import echo, wait  # of this folder: how several processes speak and end
+from local import attend  # of this folder: how several processes speak and end
 
 SSH = ["ssh", "-o", "BatchMode=yes"]  # a host that would ask for a password is an error
 
@@ -36,20 +35,12 @@ def main() -> int:
         for index, host in enumerate(arguments.hosts)
     ]
 
-    def pass_on(received: int, _: object) -> None:
+    def pass_on(received: int) -> None:
         for index, host in enumerate(arguments.hosts):  # ssh passes no signals on by itself
             name = signal.Signals(received).name.removeprefix("SIG")
             subprocess.Popen([*SSH, host, f"kill -s {name} $(cat {pid_file(run, index)})"])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    echoes = [threading.Thread(target=echo, args=pair) for pair in enumerate(running)]
-    for thread in echoes:
-        thread.start()
-    failed = wait(running)
-    for thread in echoes:
-        thread.join()
-    return failed
+    return attend(running, pass_on)
 
 
 def parse() -> argparse.Namespace:

@@ -61,20 +61,32 @@ def train_step(family: str, batch: int, time: int, **options: Any) -> Callable[[
     import torch
 
     model = build(family, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    update = updater(model)
     arrays = make_batch(batch, time)
     tokens, targets = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("tokens", "targets"))
 
     def step() -> float:
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return update(loss)
+
+    return step
+
+
+def updater(model: Any) -> Callable[[Any], float]:
+    """From a loss to its value, by way of backward, clipping and AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def update(loss: Any) -> float:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return update
 
 
 def easydel_step(python: str, family: str, batch: int, time: int) -> Callable[[], float]:
@@ -170,18 +182,14 @@ def fla_samba_step(config: Any) -> Callable[[], Any]:
             },
         )
     ).cuda()
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    update = updater(peer)
     tokens = torch.from_numpy(make_batch(train.batch_size, train.sequence_length, model.vocab_size)["tokens"])
     tokens = tokens.long().cuda()
 
     def step() -> float:
         with torch.autocast("cuda", torch.bfloat16):
             loss = peer(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return update(loss)
 
     return step
 

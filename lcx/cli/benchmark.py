@@ -85,7 +85,7 @@ def _hardware(values: Any) -> Parts:
 
 
 def _health(_: Any) -> Parts:
-    from lcx.cli.benchmark_health import health_results  # likewise
+    from lcx.benchmarks.health import health_results
 
     return (health_results,)
 
