@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lcx.errors import UserError
-from lcx.files import FORMAT_VERSION, read_json, write_json
+from lcx.files import FORMAT_VERSION, read_json, read_lines, write_json
 from lcx.schema import plain
 from lcx.sweeps.expand import Trial
 
@@ -115,23 +115,6 @@ def read_result(workdir: Path, file: str) -> dict[str, Any]:
         return read_json(workdir / "evaluation" / f"{file}.json")
     except (OSError, UserError):
         return {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that may still be written to, or that a kill has torn."""
-    found = []
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return found
-    for line in text.split("\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def lookup(values: Any, key: str) -> Any:

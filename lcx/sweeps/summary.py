@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lcx.errors import UserError
-from lcx.files import read_json
+from lcx.files import read_json, read_lines
 from lcx.sweeps.expand import Measure, Trial
-from lcx.sweeps.folder import Folder, read_lines, read_result
+from lcx.sweeps.folder import Folder, read_result
 from lcx.sweeps.ladder import ladder
 from lcx.sweeps.spec import Sweep
 
