@@ -1,9 +1,11 @@
 """Files written whole or not at all, and JSON that carries its `format_version`."""
 
 import errno
+import fcntl
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,27 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version!r}; this version of lcx reads {FORMAT_VERSION}.")
     return values
+
+
+def lock_file(path: os.PathLike, what: str) -> int:
+    """The descriptor of a local file, made if need be, which this process alone holds until it closes it or ends.
+
+    `lockf`, for `flock` would live on in an orphaned child; its price is that closing any other descriptor of the file
+    frees the lock, so it is not to be opened twice. Raises UserError, about `what`, where another process holds it, and
+    OSError where it cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"{what} is in use by process {owner}; use another --workdir.") from None
+        raise
+    return descriptor
 
 
 class JsonLines:

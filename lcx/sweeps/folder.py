@@ -10,8 +10,6 @@ report.html, report.json
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lcx.errors import UserError
-from lcx.files import FORMAT_VERSION, read_json, read_lines, write_json
+from lcx.files import FORMAT_VERSION, lock_file, read_json, read_lines, write_json
 from lcx.schema import plain
 from lcx.sweeps.expand import Trial
 
@@ -50,25 +48,15 @@ class Folder:
 
         Raises UserError where another process has it, or it cannot be written.
         """
-        descriptor = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # lockf goes with the process, however it ends; nothing else may open the file, which would free it.
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            yield
+            descriptor = lock_file(self.path / ".lock", f"the sweep's folder {self.path}")
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES) and descriptor is not None:
-                owner = os.pread(descriptor, 100, 0).decode(errors="replace")
-                raise UserError(
-                    f"{self.path} is in use by another sweep, process {owner}; use another --workdir."
-                ) from None
             raise UserError(f"{self.path} cannot be written: {error.strerror}; use another --workdir.") from None
+        try:
+            yield
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(descriptor)
 
     def write_trial(self, trial: Trial) -> None:
         """Puts the trial's config where `lcx train` reads it. Raises UserError where it has begun with another one."""

@@ -1,11 +1,8 @@
 """The folder of a run: one process at a time, and always the same run."""
 
-import errno
-import fcntl
 import fnmatch
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from etils import epath
 
 from lcx.config import Config
 from lcx.errors import UserError
-from lcx.files import is_local, line_files, read_json, write_json
+from lcx.files import is_local, line_files, lock_file, read_json, write_json
 from lcx.training.heartbeats import held
 
 # What may differ when a run is resumed. None of it changes what a step makes of a state and a batch, except that a
@@ -125,24 +122,10 @@ def open_workdir(path: epath.PathLike, config: Mapping[str, Any], fingerprints: 
 
 
 def _lock(path: epath.Path) -> int:
-    """The descriptor of the lock file, locked. The lock goes with the process, however it ends.
-
-    `lockf`, for `flock` would live on in an orphaned child; its price is that closing any other descriptor of the file
-    frees the lock, so nothing here opens it twice.
-    """
+    """The descriptor of the lock file, locked. No other descriptor of it may be opened in this process, nor closed."""
     if os.fspath(path) in _open:
         raise UserError(f"the workdir {path} is in use by this process ({os.getpid()}).")
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except OSError as error:
-        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise UserError(f"the workdir {path} is in use by process {owner}; use another --workdir.") from None
-        raise
+    descriptor = lock_file(path / ".lock", f"the workdir {path}")
     _open.add(os.fspath(path))
     return descriptor
 

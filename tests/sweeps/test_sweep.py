@@ -133,7 +133,7 @@ def test_a_folder_has_one_sweep_at_a_time(tmp_path):
     try:
         holder.stdout.readline()
         with (
-            pytest.raises(UserError, match=f"in use by another sweep, process {holder.pid}"),
+            pytest.raises(UserError, match=f"in use by process {holder.pid} on "),
             Folder(tmp_path).locked(),
         ):
             pass
