@@ -2,7 +2,7 @@
 
 import sys
 
-from lcx.cli.main import main
+from lcx.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(main(["import_hf", *sys.argv[1:]]))
+    sys.exit(start("import_hf"))

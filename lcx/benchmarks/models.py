@@ -26,8 +26,11 @@ FAMILIES = {
 }
 
 
-def make_config(family: str, batch: int, time: int, remat: str = "none", width: int = WIDTH) -> Config:
-    """A family's config in float32; `width` other than WIDTH widens heads and MLPs in proportion."""
+def make_config(family: str, batch: int, time: int, remat: str | None = None, width: int = WIDTH) -> Config:
+    """A family's config in float32; `width` other than WIDTH widens heads and MLPs in proportion.
+
+    remat: one policy for all mixers; None for the default.
+    """
     pattern, periods, mixers = FAMILIES[family]
     if width != WIDTH:
         scaled = {"num_heads": HEADS * width // WIDTH, "num_kv_heads": HEADS * width // WIDTH}
@@ -45,7 +48,7 @@ def make_config(family: str, batch: int, time: int, remat: str = "none", width: 
         "vocab_size": VOCABULARY,
         "tie_embeddings": False,
         "compute_dtype": "float32",
-        "remat": {} if remat == "none" else dict.fromkeys(mixers, remat),
+        "remat": dict.fromkeys(mixers, remat) if remat else {},
     }
     train = {"batch_size": batch, "sequence_length": time, "steps": 1000}
     return Config.from_dict({"model": model, "train": train})

@@ -32,12 +32,14 @@ def ranking(plans: Sequence[Plan]) -> str:
     """The candidates of a search, a line each."""
     rows = [("mesh", "remat", "fits", "GiB", "seconds a step", "MFU")]
     for plan in plans:
-        policies = sorted(set(plan.config.model.remat.values())) or ["none"]
+        policies = plan.config.model.remat_policies
+        alike = set(policies.values())
+        remat = alike.pop() if len(alike) == 1 else " ".join(f"{name}={policy}" for name, policy in policies.items())
         seconds, mfu = plan.seconds, plan.mfu
         rows.append(
             (
                 _mesh(plan),
-                "/".join(policies),
+                remat,
                 "yes" if plan.fits else "no",
                 _gib(plan.memory.total),
                 "?" if seconds is None else f"{seconds:.3f}",

@@ -17,7 +17,8 @@ from lcx.schema import build, limited, plain
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 SEED_LIMIT = 2**31 - 1
 Dtype = Literal["float32", "bfloat16", "float64"]
-REMAT = ("none", "dots", "full")  # and "time:TOKENS"
+REMAT = ("none", "dots", "full", "offload")  # and "time:TOKENS"
+DEFAULT_REMAT = "dots"
 
 
 def remat_chunk(policy: str) -> int | None:
@@ -63,9 +64,14 @@ class ModelConfig(Section):
     compute_dtype: Literal["auto", Dtype] = "auto"  # activations; auto: bfloat16, on CPU float32
     residual_dtype: Dtype = "float32"  # the residual stream, which is at least compute_dtype
     # Mixer: what its backward pass computes again: nothing ("none"), what lies between matrix products and kernels
-    # ("dots"), all ("full"), or all, chunk by chunk from the states between chunks ("time:2048", of 2,048 tokens). Not
-    # named: nothing.
+    # ("dots", which a mixer that is not named has; "offload", with the rest kept in the host's memory), all ("full"),
+    # or all, chunk by chunk from the states between chunks ("time:2048", of 2,048 tokens).
     remat: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def remat_policies(self) -> dict[str, str]:
+        """The remat policy of each mixer, be it named in `remat` or not."""
+        return {name: self.remat.get(name, DEFAULT_REMAT) for name in self.mixers}
 
     def __post_init__(self):
         for name, policy in self.remat.items():

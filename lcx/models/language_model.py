@@ -46,7 +46,7 @@ class LanguageModel(nnx.Module):
         self.residual_dtype = jnp.promote_types(config.residual_dtype, dims.compute_dtype)
         self.compute_dtype = dims.compute_dtype
         self.embedding = Embedding(config.vocab_size, width, embedding_init, rngs, dtype=dims.param_dtype)
-        self.stack = Stack(pattern, config.mixers, config.remat, config.periods, dims, rngs)
+        self.stack = Stack(pattern, config.mixers, config.remat_policies, config.periods, dims, rngs)
         self.norm = RMSNorm(width, config.norm_eps, rngs, dtype=dims.param_dtype, multiplier=1 / ratio)
         if not config.tie_embeddings:
             head_init = scheme.dense(width / ratio, width / ratio, dims.sublayers)

@@ -16,11 +16,12 @@ from lcx.mixers import Context
 from lcx.parallel.sharding import constrain
 from lcx_kernels.residuals import KERNEL
 
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_kernels = jax.checkpoint_policies.save_only_these_names(KERNEL)
+_in_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KERNEL),
-    ),
+    "dots": jax.checkpoint_policies.save_from_both_policies(_products, _kernels),
+    "offload": lambda *args, **params: _kernels(*args, **params) or _in_host(*args, **params),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 AXES = ("batch", "time", None)
@@ -34,7 +35,7 @@ def rematerialize(run: Run, policy: str, init_state: Callable[[int, int], dict])
     Args:
       run: a layer.
       policy: a value of `ModelConfig.remat`: "none" keeps everything, "dots" what matrix products and kernels give,
-        "full" nothing but the input; "time:TOKENS" takes the sequence by chunks, one after the other, and keeps the
+        "offload" the same, the products in the host's memory, "full" nothing but the input; "time:TOKENS" takes the sequence by chunks, one after the other, and keeps the
         states between them, so that what is in between exists for one chunk at a time.
       init_state: (batch size, tokens) to an empty state of the layer, whose size does not grow with the tokens.
     """

@@ -49,7 +49,7 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.periods, self.dims = periods, dims
-        self.policies = tuple(sorted((name, remat.get(name, "none")) for names in pattern for name in names))
+        self.policies = tuple(sorted((name, remat[name]) for names in pattern for name in names))
 
         @nnx.split_rngs(splits=periods)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -60,7 +60,7 @@ class Stack(nnx.Module):
         self.layers = repeated(rngs)
         for layer in self.layers.values():
             for name, mixer in layer.mixers.items():
-                check_time_remat(name, remat.get(name, "none"), mixer)
+                check_time_remat(name, remat[name], mixer)
 
     def __call__(self, x: jax.Array, state: dict | None, context: Context) -> tuple[jax.Array, dict, dict]:
         graphdef, params = split(self.layers)

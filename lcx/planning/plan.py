@@ -173,7 +173,7 @@ def make_plan(
         vector = batch(vector_flops_by_kind(model, train.sequence_length))
         dtype = compute_dtype(config, hardware)
         if dtype in hardware.chip.matrix:
-            times = layer_times(count, flops, vector, config.model.remat, hardware, dtype)
+            times = layer_times(count, flops, vector, config.model.remat_policies, hardware, dtype)
     memory = split_memory(compiled, state, count)
     return Plan(hardware, mesh, config, memory, flops, count, times, compiled, notes)
 

@@ -41,8 +41,8 @@ def passes(kind: str, remat: Mapping[str, str]) -> int:
 
     The head's logits are made twice, and a mixer's under a policy that keeps no products.
     """
-    policy = remat.get(kind, "none")
-    again = kind == HEAD or policy == "full" or remat_chunk(policy) is not None
+    policy = remat.get(kind)  # None: of what is no mixer
+    again = kind == HEAD or policy == "full" or bool(policy and remat_chunk(policy))
     return TRAINING + again
 
 
