@@ -26,6 +26,10 @@ from lcx_kernels.varying import vary_alike
 # because a loop reuses its memory, and writing to fresh memory costs more here than the scores that are masked.
 MAX_TRIANGLE_RUNS = 8
 
+# Up to so many queries times key heads, as in decoding, all heads are one product, which is mostly of zeros: to lay out
+# the keys by heads would take longer than to read them that many times.
+FEW = 8
+
 # The default chunk_size is the largest of these by which T is at least 8 blocks and a block has at most so many scores
 # (4 MB in float32: what the caches hold); the smallest if none is. Measured on two cores.
 CHUNK_SIZES = (128, 64, 32)
@@ -77,6 +81,8 @@ def _attention(plan: Plan, q, k, v, queries: Queries, keys: Keys):
 
 def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
     time, kv_heads = q.shape[1], k.shape[2]
+    if time * kv_heads <= FEW:
+        return _forward_few(plan, q, k, v, queries, keys)
     rows = _pad((q, queries), plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
@@ -174,6 +180,32 @@ def _backward_block(q, d_out, log_sum_exp, delta, k, v, queries: Queries, keys: 
     dk = jnp.einsum("bnsgc,bngck->bnsk", d_scores, q)
     dv = jnp.einsum("bnsgc,bngcv->bnsv", weights, d_out)
     return dq, dk, dv
+
+
+def _forward_few(plan: Plan, q, k, v, queries: Queries, keys: Keys):
+    """`_forward` where keys and values stay as they lie, [batch, s, n * K]: x is K of all n heads, y the rows of q."""
+    batch, time, heads, _ = q.shape
+    length, n = k.shape[1:3]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    own = jnp.eye(n, dtype=wide)
+    q = q.astype(wide).reshape(batch, time, n, heads // n, -1) * plan.scale
+    q = jnp.einsum("btngk,nm->bmktng", q, own).reshape(batch, -1, time * heads)
+    flat = lambda array: array.astype(wide).reshape(batch, length, -1)  # noqa: E731
+    mask = visible(
+        jax.tree.map(lambda x: x[:, None, :, None], queries), jax.tree.map(lambda x: x[:, :, None, None], keys)
+    )
+    scores = _cap(jnp.einsum("bsx,bxy->bsy", flat(k), q), plan.softcap).reshape(batch, length, time, heads)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    maximum = jnp.max(scores, axis=1, keepdims=True)
+    maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
+    weights = jnp.exp(scores - maximum)
+    total = jnp.sum(weights, axis=1)
+    blind = total == 0
+    total = jnp.where(blind, 1, total)
+    out = jnp.einsum("bsy,bsz->byz", weights.reshape(batch, length, -1), flat(v))
+    out = jnp.einsum("btngmv,nm->btngv", out.reshape(batch, time, n, heads // n, n, -1), own)
+    log_sum_exp = jnp.where(blind, NO_KEY_LOG_SUM_EXP, maximum[:, 0] + jnp.log(total))
+    return out.reshape(batch, time, heads, -1) / total[..., None], log_sum_exp
 
 
 def _cap(scores, softcap: float | None):

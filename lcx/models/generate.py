@@ -11,6 +11,10 @@ from flax import nnx
 from lcx.models.language_model import LanguageModel
 from lcx.params import split
 
+# Tokens that one call of the device writes, after 1, 2, 4 and so on: the first ones come at once, and later ones share
+# what a call costs.
+MOST_AT_ONCE = 16
+
 
 def generate(
     model: LanguageModel,
@@ -86,34 +90,80 @@ def _generate(
     batch, size = chunks[0][0].shape
     state = model.init_state(batch, len(chunks) * size + max_tokens)
     for tokens, positions, segment_ids in chunks:  # what is drawn before the last one is done is dropped
-        tokens, state = _advance(graphdef, params, state, tokens, positions, segment_ids, key, 0, settings)
-    for index in range(1, max_tokens):
-        following, state = _advance(graphdef, params, state, tokens, None, None, key, index, settings)
-        yield np.asarray(tokens)[:, 0]  # while the next one is on its way
-        tokens = following
-    yield np.asarray(tokens)[:, 0]
+        last, state = _read(graphdef, params, state, tokens, positions, segment_ids, key, settings)
+    written, found = 1, last[None]
+    if max_tokens > 1:
+        graphdef, params, state = _write_out(graphdef, params, state)
+    while written < max_tokens:
+        count = min(written, MOST_AT_ONCE, max_tokens - written)
+        following, state = _write(graphdef, params, state, last, key, written, count, settings)
+        yield from np.asarray(found)  # while the next ones are on their way
+        found, last, written = following[:count], following[count - 1], written + count
+    yield from np.asarray(found)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(
+def _read(
     graphdef: nnx.GraphDef,
     params: dict,
     state: dict,
     tokens: jax.Array,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
+    positions: jax.Array,
+    segment_ids: jax.Array,
     key: jax.Array,
-    index: int,
     settings: tuple,
 ) -> tuple[jax.Array, dict]:
-    """Feeds tokens [batch, time] and draws the ones after the last, number `index` of what is written: [batch, 1]."""
+    """Feeds a chunk of the prompts [batch, time] and draws the tokens [batch] after its last."""
     model = nnx.merge(graphdef, params)
     hidden, state, _ = model.hidden(tokens, state, positions, segment_ids)
-    return sample(jax.random.fold_in(key, index), model.logits(hidden[:, -1]), *settings)[:, None], state
+    return sample(jax.random.fold_in(key, 0), model.logits(hidden[:, -1]), *settings), state
+
+
+@partial(jax.jit, static_argnums=0)
+def _write_out(graphdef: nnx.GraphDef, params: dict, state: dict) -> tuple[nnx.GraphDef, dict, dict]:
+    """The same model and state with each layer's weights and state in arrays of their own.
+
+    A token is then put into a cache where that lies. Cut out of stacked arrays, all weights and caches would be copied
+    for each token.
+    """
+    model = nnx.merge(graphdef, params)
+    state = state | {"layers": model.stack.apart(state["layers"])}
+    model.stack = model.stack.written_out()
+    return *split(model), state
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _write(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    state: dict,
+    tokens: jax.Array,
+    key: jax.Array,
+    begin: jax.Array,
+    count: jax.Array,
+    settings: tuple,
+) -> tuple[jax.Array, dict]:
+    """Feeds tokens [batch] and draws `count` more, numbers `begin` and on of what is written: [MOST_AT_ONCE, batch]."""
+    model = nnx.merge(graphdef, params)
+
+    def step(index: jax.Array, carry: tuple) -> tuple:
+        tokens, state, written = carry
+        hidden, state, _ = model.hidden(tokens[:, None], state)
+        tokens = sample(jax.random.fold_in(key, begin + index), model.logits(hidden[:, 0]), *settings)
+        return tokens, state, jax.lax.dynamic_update_index_in_dim(written, tokens, index, 0)
+
+    written = jnp.zeros((MOST_AT_ONCE, *tokens.shape), jnp.int32)
+    _, state, written = jax.lax.fori_loop(0, count, step, (tokens, state, written))
+    return written, state
 
 
 def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Draws int32 [batch] from logits [batch, vocab_size]; see `generate` for the settings, which are scalars."""
+    drawn = lambda: _draw(key, logits, temperature, top_k, top_p)  # noqa: E731
+    return jax.lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def _draw(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     vocab_size = logits.shape[-1]
     scaled = logits / jnp.maximum(temperature, 1e-6)
     descending = -jnp.sort(-scaled, axis=-1)
@@ -123,5 +173,4 @@ def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax
     kept &= jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the token that reaches top_p is kept
     kept |= rank == 0
     lowest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(scaled >= lowest, scaled, -jnp.inf), axis=-1)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    return jax.random.categorical(key, jnp.where(scaled >= lowest, scaled, -jnp.inf), axis=-1).astype(jnp.int32)

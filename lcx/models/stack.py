@@ -1,6 +1,7 @@
 """The residual stack: a period of layers, scanned over its repeats. It is itself a mixer."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import jax
@@ -87,8 +88,22 @@ class Stack(nnx.Module):
                 aux[key] = {name: result[2] for name, result in results.items()}
             return x, (states, aux)
 
-        x, (states, aux) = jax.lax.scan(period, x, (params, state), length=self.periods)
+        x, (states, aux) = jax.lax.scan(period, x, (params, state), length=self.periods, unroll=self.periods == 1)
         return x, states, aux
+
+    def written_out(self) -> "Stack":
+        """The same layers as one long period, so that each has arrays of its own; see `apart` for its state."""
+        graphdef, params = split(self.layers)
+        periods = [nnx.merge(graphdef, own) for own in _apart(params, self.periods)]
+        long = copy(self)
+        long.periods = 1
+        long.layers = nnx.Dict({f"{i}_{key}": layer for i, layers in enumerate(periods) for key, layer in layers.items()})
+        return long
+
+    def apart(self, state: dict) -> dict:
+        """The state of `written_out` of a state of this stack."""
+        periods = enumerate(_apart(state, self.periods))
+        return {f"{i}_{key}": layer for i, layers in periods for key, layer in layers.items()}
 
     def init_state(self, batch_size: int, max_length: int) -> dict:
         """Empty states of all mixers, by layer and mixer, stacked over the periods."""
@@ -133,3 +148,8 @@ class Stack(nnx.Module):
                 one, others = count(mixer), counts.get(name, 0)
                 counts[name] = None if one is None or others is None else others + self.periods * one
         return counts
+
+
+def _apart(tree: Any, periods: int) -> list:
+    """The periods of a tree whose leaves have a first axis of periods, each with a first axis of 1."""
+    return [jax.tree.map(lambda leaf: leaf[i : i + 1], tree) for i in range(periods)]

@@ -29,6 +29,7 @@ GROWING = ("transformer", "sink:form=logit")  # full attention
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "window": 5, "segment_length": 4, "d_ff": 48, "num_groups": 2}
 # Longer and shorter than windows and segments; alone and together they end at different places of a segment.
 PROMPTS = [np.array(prompt) for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7, 1, 8], [0])]
+PROGRAMS = ("_read", "_write_out", "_write")
 COUNT = 6
 # That chunks of any size are the whole is every mixer's own law (continuation); a hybrid shows it of generation.
 CHUNK_SIZES = {"samba": (1, 3, 7)}
@@ -58,7 +59,7 @@ def write(monkeypatch):
         return found
 
     monkeypatch.setattr(LanguageModel, "logits", spied)
-    module._advance.clear_cache()
+    clear()
 
     def write(model, prompts, chunk_size=None):
         seen.clear()
@@ -67,7 +68,12 @@ def write(monkeypatch):
         return tokens, np.stack(seen[-COUNT:], axis=1)
 
     yield write
-    module._advance.clear_cache()
+    clear()
+
+
+def clear():
+    for name in PROGRAMS:
+        getattr(module, name).clear_cache()
 
 
 def whole_forward(model: LanguageModel, prompts: list[np.ndarray], written: np.ndarray) -> np.ndarray:
@@ -101,16 +107,21 @@ def test_prompts_of_different_lengths_in_chunks_of_any_size(family, write):
 def test_only_full_attention_needs_more_memory_for_more_tokens(family, monkeypatch):
     sizes = {}
 
-    def watched(graphdef, params, state, *rest, advance=module._advance):
-        """Computes nothing: sizes are static."""
-        sizes[max_tokens].add(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
-        token, state = jax.eval_shape(partial(advance, graphdef), params, state, *rest)
-        return np.zeros(token.shape, token.dtype), state
+    def watched(function):
+        def shapes(graphdef, params, state, *rest):
+            """Computes nothing: sizes are static."""
+            sizes[max_tokens].add(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+            *first, state = jax.eval_shape(partial(function, graphdef), params, state, *rest)
+            return *jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), first), state
 
-    monkeypatch.setattr(module, "_advance", watched)
+        return shapes
+
+    for name in PROGRAMS:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     for max_tokens in (10, 10_000):
         sizes[max_tokens] = set()
-        next(generate(small_model(family), PROMPTS, max_tokens, chunk_size=3))
+        for _ in zip(generate(small_model(family), PROMPTS, max_tokens, chunk_size=3), range(9)):
+            pass
     (few,), (many,) = sizes.values()  # and no call changes it
     assert many == few if family not in GROWING else many > 100 * few
 
@@ -123,11 +134,11 @@ def test_one_program_reads_prompts_and_one_writes(monkeypatch):
         return hidden(model, tokens, *rest)
 
     monkeypatch.setattr(LanguageModel, "hidden", spied)
-    module._advance.clear_cache()
+    clear()
     for prompts in (PROMPTS, [prompt[:10] for prompt in PROMPTS]):  # of eleven tokens and of ten: four chunks of three
         list(generate(small_model("samba"), prompts, COUNT, chunk_size=3))
     assert traced == [(3, 3), (3, 1)]
-    module._advance.clear_cache()
+    clear()
 
 
 def test_padding_stands_before_the_prompts_as_a_document_of_its_own():
