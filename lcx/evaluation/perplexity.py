@@ -43,7 +43,7 @@ def make_score(model: Callable[[dict], LanguageModel], chunk_size: int) -> Calla
     def score(params: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         bound = model(params)
         hidden, _, _ = bound.hidden(batch["tokens"], None, batch["positions"], batch["segment_ids"])
-        losses, _ = token_losses(bound.logits, hidden, batch["targets"], chunk_size)
+        losses, _ = token_losses(bound.output_table, hidden, batch["targets"], chunk_size)
         scored = batch["loss_weights"] > 0
         return jnp.sum(jnp.where(scored, losses, 0)), jnp.sum(scored, dtype=jnp.int32)
 

@@ -144,7 +144,7 @@ def _read(
     hidden, state, aux = model.hidden(tokens, state)
     losses, predictions = None, None
     if score:
-        losses, _ = token_losses(model.logits, hidden, targets, LOGITS)
+        losses, _ = token_losses(model.output_table, hidden, targets, LOGITS)
         losses = constrain(losses.astype(jnp.float32), (None, None))  # every process reads them
     if predict:
         likeliest = jax.lax.map(lambda row: jnp.argmax(model.logits(row[None]), axis=-1)[0], hidden)

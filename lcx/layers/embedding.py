@@ -23,8 +23,13 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., d_model]; returns [..., vocab_size], accumulated and given in at least float32."""
-        return contract(hidden, self.table[...].T, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+        return score(hidden, self.table[...])
 
     def flops(self, tokens: int = 1) -> int:
         """Forward FLOPs of `logits` of that many tokens, a multiply-add being two; looking tokens up has none."""
         return 2 * math.prod(self.table.shape) * tokens
+
+
+def score(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """hidden [..., d_model] times each row of a table [vocab_size, d_model]: [..., vocab_size], at least float32."""
+    return contract(hidden, table.T, dtype=jnp.promote_types(hidden.dtype, jnp.float32))

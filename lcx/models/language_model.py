@@ -101,7 +101,16 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d_model] to [..., vocab_size], at least float32: the tied embedding or a head of its own."""
-        return (self.head if hasattr(self, "head") else self.embedding).logits(hidden)
+        return self.output.logits(hidden)
+
+    @property
+    def output_table(self) -> jax.Array:
+        """[vocab_size, d_model], of which each row scores a token: the embedding's, or that of a head of its own."""
+        return self.output.table[...]
+
+    @property
+    def output(self) -> Embedding:
+        return self.head if hasattr(self, "head") else self.embedding
 
     def init_state(self, batch_size: int, max_length: int) -> dict:
         """An empty state with room for max_length tokens a row: {"position", "length": int32 [batch], "layers"}."""
@@ -115,8 +124,7 @@ class LanguageModel(nnx.Module):
         again. Costs no memory, also on a model without values. None if a mixer does not know its own.
         """
         stack = self.stack.flops(tokens)
-        head = self.head if hasattr(self, "head") else self.embedding
-        return None if stack is None else stack + head.flops(tokens)
+        return None if stack is None else stack + self.output.flops(tokens)
 
 
 def model_dims(config: ModelConfig, sublayers: int) -> ModelDims:

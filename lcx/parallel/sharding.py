@@ -32,6 +32,7 @@ ACTIVATION_RULES: Table = {
     "groups": ("tensor",),
     "inner": ("tensor",),
     "d_ff": ("tensor",),
+    "vocab": ("tensor",),
 }
 # Axes of parameters that every device has whole where they do not divide: few groups serve many heads.
 WHOLE_IF_UNEVEN = frozenset({"groups"})
@@ -64,6 +65,9 @@ def rules_of(config: MeshConfig, declared: Collection[str] = ()) -> Rules:
             if name not in table and name not in declared:
                 raise UserError(f'mesh.{kind}: no axis is called "{name}": {suggest(name, {*table, *declared})}')
         tables.append({**table, **changed})
+    if "vocab" not in config.activation_rules:  # logits are cut where tokens leave something to cut
+        taken = {*tables[1]["batch"], *tables[1]["time"]}
+        tables[1]["vocab"] = tuple(axis for axis in tables[1]["vocab"] if axis not in taken)
     rules = Rules(*tables)
     _check_activations(rules.activations)
     return rules

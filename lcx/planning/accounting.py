@@ -58,7 +58,7 @@ def flops_by_kind(model: Model, tokens: int) -> dict[str, int | None]:
     None for a mixer that does not know its own.
     """
     model = abstract_model(model)
-    head = model.head if hasattr(model, "head") else model.embedding
+    head = model.output
     return model.stack.by_mixer(lambda mixer: mixer.flops(tokens)) | {HEAD: head.flops(tokens)}
 
 

@@ -39,7 +39,7 @@ def whole_losses(case: str) -> np.ndarray:
     @jax.jit
     def losses(tokens):
         hidden, _, _ = model.hidden(tokens[:, :-1])
-        return token_losses(model.logits, hidden, tokens[:, 1:], TIME)[0][0]
+        return token_losses(model.output_table, hidden, tokens[:, 1:], TIME)[0][0]
 
     return np.asarray(losses(TOKENS[None]))
 

@@ -39,7 +39,7 @@ def lcx_results(plan: Blueprint, params: dict, batch: dict) -> dict:
     def loss(params: dict) -> tuple[jax.Array, jax.Array]:
         model = plan.model(params)
         hidden, _, _ = model.hidden(batch["tokens"], None, batch["positions"], batch["segment_ids"])
-        losses, _ = token_losses(model.logits, hidden, batch["targets"], chunk_size=16)
+        losses, _ = token_losses(model.output_table, hidden, batch["targets"], chunk_size=16)
         return losses.mean(), model.logits(hidden)
 
     (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

@@ -51,7 +51,7 @@ def make_row_losses(program):
     def losses_of(params, joined):
         model = program.blueprint.model(params)
         hidden, _, _ = model.hidden(joined["tokens"], None, joined["positions"])
-        return token_losses(model.logits, hidden, joined["targets"], 1024)[0] * joined["loss_weights"]
+        return token_losses(model.output_table, hidden, joined["targets"], 1024)[0] * joined["loss_weights"]
 
     def row_losses(params, batches):
         names = [name for name in batches[0] if name != "row_index"]
