@@ -11,6 +11,11 @@ KERNEL = "kernel"
 """The name of all results of kernels: `jax.checkpoint_policies.save_only_these_names(KERNEL)` keeps them."""
 
 
+def keep(tree: Any) -> Any:
+    """The same arrays with the name KERNEL."""
+    return jax.tree.map(lambda array: checkpoint_name(array, KERNEL), tree)
+
+
 def named(forward: Callable) -> Callable:
     """A forward rule of `jax.custom_vjp` whose results have the name KERNEL.
 

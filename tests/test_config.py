@@ -100,7 +100,7 @@ def test_a_text_becomes_the_fields_type(config, key, text, value):
         (
             "model.remat",
             {"mlp": "all"},
-            'model.remat.mlp cannot be "all": did you mean "full"? Allowed: dots, full, none, time:TOKENS.',
+            'model.remat.mlp cannot be "all": did you mean "full"? Allowed: dots, full, none, offload, time:TOKENS.',
         ),
         ("model.remat", {"mlp": "time:0"}, 'model.remat.mlp cannot be "time:0": did you mean "time:TOKENS"?'),
         ("data.sources", [], "data.sources is empty"),

@@ -17,7 +17,7 @@ from lcx.schema import build, limited, plain
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 SEED_LIMIT = 2**31 - 1
 Dtype = Literal["float32", "bfloat16", "float64"]
-REMAT = ("none", "dots", "full", "offload")  # and "time:TOKENS"
+REMAT = ("none", "dots", "offload", "full")  # and "time:TOKENS"
 DEFAULT_REMAT = "dots"
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from lcx.parallel.sequence import MeshAxis, shift
 from lcx_kernels.attention import NO_KEY_LOG_SUM_EXP, attention, attention_gradients
+from lcx_kernels.residuals import named
 
 # Of keys from an earlier shard the first half is before both of mine and the second after both; of keys from a later
 # one both halves are after my first and before my second. So, as (half of my queries, half of the keys):
@@ -132,7 +133,7 @@ def _ring_backward(static: Static, residuals: tuple, cotangents: tuple) -> tuple
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_ring.defvjp(_ring_forward, _ring_backward)
+_ring.defvjp(named(_ring_forward), _ring_backward)
 
 
 def _travel(static: Static, attend: Any, sums: tuple, kv: tuple) -> tuple:

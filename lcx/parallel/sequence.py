@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lcx_kernels.residuals import keep
+
 MeshAxis = str | tuple[str, ...]
 
 _time_axis: contextvars.ContextVar[MeshAxis | None] = contextvars.ContextVar("time_axis", default=None)
@@ -77,7 +79,7 @@ def _before(x: jax.Array, tail: jax.Array | None, width: int, axis: MeshAxis) ->
     received, reach = [], 0
     for hop in range(1, min(-(-width // time), jax.lax.axis_size(axis) - 1) + 1):
         taken = min(time, width - reach)
-        received.insert(0, shift(x[:, time - taken :], axis, hop))
+        received.insert(0, keep(shift(x[:, time - taken :], axis, hop)))
         reach += taken
     missing = jnp.zeros_like(x, shape=(x.shape[0], width - reach, *x.shape[2:]))
     before = jnp.concatenate([missing, *received], axis=1)
@@ -131,9 +133,9 @@ def pass_state(
     if axis is None:
         return initial
     index, count = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    before, distance = shift(summarize(), axis, 1), 1  # of no meaning on the first shard, which has none before it
+    before, distance = keep(shift(summarize(), axis, 1)), 1  # of no meaning on the first shard, which has none before it
     while distance < count - 1:
-        composed = then(shift(before, axis, distance), before)
+        composed = then(keep(shift(before, axis, distance)), before)
         before = _where(index > distance, composed, before)
         distance *= 2
     incoming = apply(before, initial)

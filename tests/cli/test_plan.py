@@ -60,6 +60,16 @@ def test_what_is_sent_is_attributed(samba):
     assert sent["mlp", "all-reduce", "tensor"] > 0
 
 
+def test_the_head_is_sent_once_however_many_chunks_the_loss_has(samba, tmp_path):
+    """Its table to all who share it and its gradient to their sum: not once a chunk."""
+    _, chunks = plan(tmp_path, "samba", "--hardware=cpu:8", MESH, "--config.train.loss_chunk_size=8")
+    sent = [
+        sum(entry["bytes"] for entry in made["wire"] if entry["layer"] == "head" and "fsdp" in entry["axes"])
+        for made in (samba, chunks)
+    ]
+    assert 0 < sent[1] <= 1.01 * sent[0]
+
+
 def test_the_largest_is_a_multiple_of_what_the_mesh_cuts(samba):
     largest = samba["largest"]
     assert largest["batch_size"] % 2 == 0 and largest["batch_size"] > 8

@@ -62,7 +62,7 @@ FAMILIES = [
 def xla_flops(monkeypatch):
     """A function from a program and its arguments, or their shapes, to FLOPs by XLA's count, scans unrolled."""
 
-    def scan(step, carry, xs=None, length=None):
+    def scan(step, carry, xs=None, length=None, **_):
         outputs = []
         for index in range(jax.tree.leaves(xs)[0].shape[0] if length is None else length):
             carry, y = step(carry, jax.tree.map(lambda leaf: leaf[index], xs))  # noqa: B023
