@@ -35,8 +35,9 @@ def rematerialize(run: Run, policy: str, init_state: Callable[[int, int], dict])
     Args:
       run: a layer.
       policy: a value of `ModelConfig.remat`: "none" keeps everything, "dots" what matrix products and kernels give,
-        "offload" the same, the products in the host's memory, "full" nothing but the input; "time:TOKENS" takes the sequence by chunks, one after the other, and keeps the
-        states between them, so that what is in between exists for one chunk at a time.
+        "offload" the same, the products in the host's memory, "full" nothing but the input; "time:TOKENS" takes the
+        sequence by chunks, one after the other, and keeps the states between them, so that what is in between exists
+        for one chunk at a time.
       init_state: (batch size, tokens) to an empty state of the layer, whose size does not grow with the tokens.
     """
     if policy == "none":

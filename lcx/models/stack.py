@@ -97,7 +97,9 @@ class Stack(nnx.Module):
         periods = [nnx.merge(graphdef, own) for own in _apart(params, self.periods)]
         long = copy(self)
         long.periods = 1
-        long.layers = nnx.Dict({f"{i}_{key}": layer for i, layers in enumerate(periods) for key, layer in layers.items()})
+        long.layers = nnx.Dict(
+            {f"{i}_{key}": layer for i, layers in enumerate(periods) for key, layer in layers.items()}
+        )
         return long
 
     def apart(self, state: dict) -> dict:
@@ -152,4 +154,5 @@ class Stack(nnx.Module):
 
 def _apart(tree: Any, periods: int) -> list:
     """The periods of a tree whose leaves have a first axis of periods, each with a first axis of 1."""
-    return [jax.tree.map(lambda leaf: leaf[i : i + 1], tree) for i in range(periods)]
+    one = lambda index: jax.tree.map(lambda leaf: leaf[index : index + 1], tree)  # noqa: E731
+    return [one(index) for index in range(periods)]

@@ -133,7 +133,10 @@ def pass_state(
     if axis is None:
         return initial
     index, count = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    before, distance = keep(shift(summarize(), axis, 1)), 1  # of no meaning on the first shard, which has none before it
+    before, distance = (
+        keep(shift(summarize(), axis, 1)),
+        1,
+    )  # of no meaning on the first shard, which has none before it
     while distance < count - 1:
         composed = then(keep(shift(before, axis, distance)), before)
         before = _where(index > distance, composed, before)

@@ -1,6 +1,6 @@
 """A softmax over a vocabulary that devices share: what one device knows of its part becomes what is true of all.
 
-For functions that `Shard.kernel` calls. `axis` is what cuts the vocabulary (`vocabulary_axis`), None where nothing does.
+For functions that `Shard.kernel` calls. `axis` is what cuts the vocabulary (`vocabulary_axis`); None: nothing does.
 """
 
 import jax
@@ -17,7 +17,7 @@ def vocabulary_axis(vocab_size: int) -> MeshAxis | None:
 
 
 def log_sum_exp(scores: jax.Array, axis: MeshAxis | None) -> jax.Array:
-    """The logarithm of the sum of exp(scores) [..., the device's part of the vocabulary] over the whole of it: [...]."""
+    """log(sum(exp(scores))) over the whole vocabulary, of scores [..., the device's part of it]: [...]."""
     if axis is None:
         return jax.nn.logsumexp(scores, axis=-1)
     maximum = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(scores, axis=-1)), axis)

@@ -79,7 +79,9 @@ def make_gradients(config: Config, plan: Blueprint) -> Callable[..., tuple[dict,
     ) -> tuple[jax.Array, tuple[Metrics, dict | None]]:
         model = plan.model(params)
         hidden, after, aux = model.hidden(batch["tokens"], state, batch["positions"], batch["segment_ids"])
-        losses, log_denominators = token_losses(model.output_table, hidden, batch["targets"], config.train.loss_chunk_size)
+        losses, log_denominators = token_losses(
+            model.output_table, hidden, batch["targets"], config.train.loss_chunk_size
+        )
         weights = batch["loss_weights"].astype(losses.dtype) / total_weight
         mean = jnp.sum(weights * losses)
         total = mean + config.train.z_loss * jnp.sum(weights * jnp.square(log_denominators))

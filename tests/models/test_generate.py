@@ -120,7 +120,7 @@ def test_only_full_attention_needs_more_memory_for_more_tokens(family, monkeypat
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     for max_tokens in (10, 10_000):
         sizes[max_tokens] = set()
-        for _ in zip(generate(small_model(family), PROMPTS, max_tokens, chunk_size=3), range(9)):
+        for _ in zip(generate(small_model(family), PROMPTS, max_tokens, chunk_size=3), range(9), strict=False):
             pass
     (few,), (many,) = sizes.values()  # and no call changes it
     assert many == few if family not in GROWING else many > 100 * few

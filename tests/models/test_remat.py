@@ -85,6 +85,20 @@ def test_kernels_run_again_under_full_alone(pattern):
     assert 0 < none == default == dots < full
 
 
+def test_what_is_kept_in_the_host_is_what_is_kept():
+    """The same gradients to the bit; on CPU the host's memory is the only one, but the program says where what goes."""
+    tokens = jnp.arange(TIME, dtype=jnp.int32)[None]
+
+    def gradients(policy: str):
+        graphdef, params = split(LanguageModel(model("swa mlp", "float32", swa=policy, mlp=policy), nnx.Rngs(0)))
+        loss = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(tokens)[0]))))
+        return loss(params), loss.lower(params).as_text()
+
+    (kept, _), (moved, program) = gradients("dots"), gradients("offload")
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), kept, moved)))
+    assert "pinned_host" in program
+
+
 @pytest.mark.parametrize("pattern", ["infini", "mamba", "mamba2", "swa", "full"])
 def test_shards_send_again_under_full_alone(pattern):
     """Halos and states are kept with what kernels give. Of full attention the ring is not run again, but queries and
