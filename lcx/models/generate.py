@@ -91,15 +91,15 @@ def _generate(
     state = model.init_state(batch, len(chunks) * size + max_tokens)
     for tokens, positions, segment_ids in chunks:  # what is drawn before the last one is done is dropped
         last, state = _read(graphdef, params, state, tokens, positions, segment_ids, key, settings)
-    written, found = 1, last[None]
+    written, found, count = 1, last[None], 1
     if max_tokens > 1:
         graphdef, params, state = _write_out(graphdef, params, state)
     while written < max_tokens:
-        count = min(written, MOST_AT_ONCE, max_tokens - written)
-        following, state = _write(graphdef, params, state, last, key, written, count, settings)
-        yield from np.asarray(found)  # while the next ones are on their way
-        found, last, written = following[:count], following[count - 1], written + count
-    yield from np.asarray(found)
+        more = min(written, MOST_AT_ONCE, max_tokens - written)
+        following, last, state = _write(graphdef, params, state, last, key, written, more, settings)
+        yield from np.asarray(found)[:count]  # while the next ones are on their way
+        written, found, count = written + more, following, more
+    yield from np.asarray(found)[:count]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -142,8 +142,11 @@ def _write(
     begin: jax.Array,
     count: jax.Array,
     settings: tuple,
-) -> tuple[jax.Array, dict]:
-    """Feeds tokens [batch] and draws `count` more, numbers `begin` and on of what is written: [MOST_AT_ONCE, batch]."""
+) -> tuple[jax.Array, jax.Array, dict]:
+    """Feeds tokens [batch] and draws `count` more, numbers `begin` and on of what is written.
+
+    Returns: (the tokens [MOST_AT_ONCE, batch], zeros behind them; the last of them [batch]; the state).
+    """
     model = nnx.merge(graphdef, params)
 
     def step(index: jax.Array, carry: tuple) -> tuple:
@@ -153,8 +156,8 @@ def _write(
         return tokens, state, jax.lax.dynamic_update_index_in_dim(written, tokens, index, 0)
 
     written = jnp.zeros((MOST_AT_ONCE, *tokens.shape), jnp.int32)
-    _, state, written = jax.lax.fori_loop(0, count, step, (tokens, state, written))
-    return written, state
+    tokens, state, written = jax.lax.fori_loop(0, count, step, (tokens, state, written))
+    return written, tokens, state
 
 
 def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
