@@ -43,7 +43,7 @@ def killed_run(workdir: Path, steps: int, kills: int, in_saves: int) -> dict[str
     return counts
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 40), pytest.param(50, 400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills, steps", [(2, 40), pytest.param(50, 1000, marks=pytest.mark.long)])
 def test_kills(undisturbed, tmp_path, record, kills, steps):
     """With worker processes; the run that was left alone reads in threads."""
     counts = killed_run(tmp_path / "killed", steps, kills, in_saves=kills // 2)
