@@ -31,7 +31,7 @@ MAX_TRIANGLE_RUNS = 8
 FEW = 8
 
 # The default chunk_size is the largest of these by which T is at least 8 blocks and a block has at most so many scores
-# (4 MB in float32: what the caches hold); the smallest if none is. Measured on two cores.
+# (64 MB in float32); the smallest if none is. Measured on two cores, where few long blocks beat many that fit a cache.
 CHUNK_SIZES = (128, 64, 32)
 SCORES_PER_BLOCK = 2**24
 

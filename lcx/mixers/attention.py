@@ -201,8 +201,8 @@ def _held_documents(context: Context, capacity: int) -> jax.Array:
 def _write(cache: jax.Array, chunk: jax.Array, length: jax.Array) -> jax.Array:
     """Puts chunk [batch, time, ...] into cache [batch, max_length, ...] after each row's `length` tokens.
 
-    Several rows make it a scatter, of which XLA's CPU program copies the cache a few times. The barrier is for XLA,
-    too: it would write once for the state and once for who reads it.
+    Several rows make it a scatter, for which XLA's CPU program copies the cache a few times. A lone row is written
+    where it lies, and under a condition, or XLA would write once for the state and once for who reads it.
     """
     chunk = chunk.astype(cache.dtype)
     write = lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)  # noqa: E731

@@ -31,7 +31,7 @@ def generate(
 
     A prompt's continuation does not depend on the prompts beside it, except for what a draw gives. Memory does not grow
     with the tokens unless the model has full attention, whose state holds them all: everything else keeps a state of
-    fixed size, and a prompt is read in chunks.
+    fixed size, and a prompt is read in chunks. While tokens are written the weights are there twice.
 
     Args:
       model: the model.

@@ -1,6 +1,6 @@
 """The residual stack: a period of layers, scanned over its repeats. It is itself a mixer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any
 
@@ -50,12 +50,13 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.periods, self.dims = periods, dims
+        self.names = layer_names(pattern)  # in their order, which `layers` forgets: modules are sorted by name
         self.policies = tuple(sorted((name, remat[name]) for names in pattern for name in names))
 
         @nnx.split_rngs(splits=periods)
         @nnx.vmap(in_axes=0, out_axes=0)
         def repeated(rngs: nnx.Rngs) -> nnx.Dict:
-            layers = zip(layer_names(pattern), pattern, strict=True)
+            layers = zip(self.names, pattern, strict=True)
             return nnx.Dict({key: Layer(names, records, dims, rngs) for key, names in layers})
 
         self.layers = repeated(rngs)
@@ -78,9 +79,9 @@ class Stack(nnx.Module):
         def period(x: jax.Array, scanned: tuple) -> tuple:
             params, state = scanned
             states, aux = {}, {}
-            for key, layer in self.layers.items():
+            for key in self.names:
                 results = {}
-                for name in layer.mixers:
+                for name in self.layers[key].mixers:
                     results[name] = branch(key, name)(params, x, state and state[key][name], context)
                 x = x + sum(y.astype(x.dtype) for y, _, _ in results.values())
                 x = constrain(x, ("batch", "time", None))
@@ -94,18 +95,14 @@ class Stack(nnx.Module):
     def written_out(self) -> "Stack":
         """The same layers as one long period, so that each has arrays of its own; see `apart` for its state."""
         graphdef, params = split(self.layers)
-        periods = [nnx.merge(graphdef, own) for own in _apart(params, self.periods)]
         long = copy(self)
-        long.periods = 1
-        long.layers = nnx.Dict(
-            {f"{i}_{key}": layer for i, layers in enumerate(periods) for key, layer in layers.items()}
-        )
+        long.periods, long.names = 1, tuple(f"{index}_{key}" for index in range(self.periods) for key in self.names)
+        long.layers = nnx.Dict(_flat(nnx.merge(graphdef, own) for own in _apart(params, self.periods)))
         return long
 
     def apart(self, state: dict) -> dict:
         """The state of `written_out` of a state of this stack."""
-        periods = enumerate(_apart(state, self.periods))
-        return {f"{i}_{key}": layer for i, layers in periods for key, layer in layers.items()}
+        return _flat(_apart(state, self.periods))
 
     def init_state(self, batch_size: int, max_length: int) -> dict:
         """Empty states of all mixers, by layer and mixer, stacked over the periods."""
@@ -156,3 +153,8 @@ def _apart(tree: Any, periods: int) -> list:
     """The periods of a tree whose leaves have a first axis of periods, each with a first axis of 1."""
     one = lambda index: jax.tree.map(lambda leaf: leaf[index : index + 1], tree)  # noqa: E731
     return [one(index) for index in range(periods)]
+
+
+def _flat(periods: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The layers of all periods, by names of their own."""
+    return {f"{index}_{key}": layer for index, layers in enumerate(periods) for key, layer in layers.items()}

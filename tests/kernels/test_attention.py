@@ -119,6 +119,16 @@ def make_case(name):
                 "segment_ids": (np.ones((2, 2), np.int32), (np.arange(24) > np.array([[-1], [2]])).astype(np.int32)),
             },
         ),
+        "last_tokens": (
+            (2, 2, 20, 4, 2, 4, 3),
+            {
+                "offset": 18,
+                "window": 7,
+                "softcap": 1.5,
+                "scale": 0.4,
+                "segment_ids": (halo[:, 18:20], halo[:, :20]),
+            },
+        ),
         "shuffled": ((1, 12, 12, 2, 2, 4, 4), {"positions": integers(-9, 9, (1, 12)), "window": 7, "chunk_size": 5}),
         "no_key_at_all": (
             (1, 6, 6, 2, 1, 4, 4),
@@ -128,7 +138,7 @@ def make_case(name):
 
 
 CASES = (
-    "causal one_token seven_tokens not_causal window documents any_segments halo long_cache decoding shuffled"
+    "causal one_token seven_tokens not_causal window documents any_segments halo long_cache decoding last_tokens shuffled"
     " no_key_at_all"
 ).split()
 

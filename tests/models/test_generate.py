@@ -103,6 +103,18 @@ def test_prompts_of_different_lengths_in_chunks_of_any_size(family, write):
         np.testing.assert_allclose(chunked_logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_more_layers_than_ten_keep_their_order(write):
+    """While tokens are written, layers have names of their own, and modules are sorted by name."""
+    mixers = {"mamba": {"type": "mamba", "state_size": 4}, "swa": {"type": "attention", "num_heads": 2, "window": 5}}
+    config = dict(pattern="mamba swa", mixers=mixers, periods=12, d_model=16, vocab_size=32)
+    graphdef, params = create(lambda: LanguageModel(config, nnx.Rngs(0)))
+    noise = jax.random.normal(jax.random.key(1), (64,))  # so that a layer's place matters
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf + 0.3 * jnp.resize(noise, leaf.shape), params))
+    prompts = [np.arange(9), np.arange(4)]
+    tokens, logits = write(model, prompts)
+    np.testing.assert_allclose(logits, whole_forward(model, prompts, tokens), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_full_attention_needs_more_memory_for_more_tokens(family, monkeypatch):
     sizes = {}

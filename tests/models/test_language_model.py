@@ -14,6 +14,7 @@ from lcx.laws.measure import deviation
 from lcx.models import LanguageModel
 from lcx.models.language_model import make_context
 from lcx.models.pattern import layer_names, parse_pattern
+from lcx.models.stack import Layer
 from lcx.params import create, split
 
 BATCH, TIME = 2, 12
@@ -218,3 +219,18 @@ def test_config_is_taken_as_a_config_dict(tokens):
     assert isinstance(Config.from_dict(config).model, ModelConfig)
     logits, _, _ = jax.eval_shape(lambda tokens: LanguageModel(config.model, nnx.Rngs(0))(tokens), tokens)
     assert logits.shape == (BATCH, TIME, 256)
+
+
+def test_layers_are_taken_in_the_order_of_the_pattern(monkeypatch):
+    """Also where they are more than ten: modules are sorted by their names, "10_m" before "1_m"."""
+    taken, mixers = [], {f"m{index}": {"type": "mlp", "d_ff": 4} for index in range(12)}
+
+    def branch(layer, name, *rest, original=Layer.branch):
+        taken.append(name)
+        return original(layer, name, *rest)
+
+    config = dict(pattern=" ".join(mixers), mixers=mixers, d_model=4, vocab_size=4)
+    graphdef, params = create(lambda: LanguageModel(config, nnx.Rngs(0)))
+    monkeypatch.setattr(Layer, "branch", branch)
+    jax.eval_shape(lambda params: nnx.merge(graphdef, params)(jnp.zeros((1, 2), jnp.int32))[0], params)
+    assert taken == list(mixers)
