@@ -138,8 +138,8 @@ def make_case(name):
 
 
 CASES = (
-    "causal one_token seven_tokens not_causal window documents any_segments halo long_cache decoding last_tokens shuffled"
-    " no_key_at_all"
+    "causal one_token seven_tokens not_causal window documents any_segments halo long_cache decoding last_tokens"
+    " shuffled no_key_at_all"
 ).split()
 
 
