@@ -135,7 +135,20 @@ def draw_report(values: SimpleNamespace, sweep: Any, trials: list, folder: Any, 
 
     report = summarize(Path(values.config.partition(":")[0]).stem, sweep, trials, folder, measure)
     write_json(folder.path / "report.json", report)
-    write_bytes(folder.path / "report.html", page(report).encode())
+    write_bytes(folder.path / "report.html", page(report, evaluation(report, folder)).encode())
+
+
+def evaluation(report: Mapping[str, Any], folder: Any) -> str:
+    """What suites found of the finished trials, as HTML: the mean over those that differ in seeds alone."""
+    if all(path.name == "heldout.json" for path in folder.path.glob("trials/*/evaluation/*.json")):
+        return ""
+    from lcx.evaluation.compare import read_groups, sections  # imports what draws, which takes a second
+
+    groups: dict[str, list[Path]] = {}
+    for trial in report["trials"]:
+        if trial["status"] == "finished":
+            groups.setdefault(trial["group"], []).append(folder.path / trial["workdir"])
+    return sections(read_groups(groups))
 
 
 def listing(trials: list, measure: "Measure") -> str:

@@ -1,7 +1,11 @@
-"""One page of several runs: their scores in tables, their curves in one picture, their grids side by side."""
+"""One page of several runs: their scores in tables, their curves in one picture, their grids side by side.
+
+Runs that differ in seeds alone come as one: the mean of what was found of them.
+"""
 
 import html
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from etils import epath
@@ -9,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lcx.errors import UserError
 from lcx.evaluation.results import Result, draw, load, to_bytes
-from lcx.evaluation.suite import Curves, Grid
+from lcx.evaluation.suite import Curves, Grid, Picture
 from lcx.files import write_bytes
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#222}
@@ -24,17 +28,75 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> Results:
     """All that was found of runs, by suite and run. Raises UserError where a run was not evaluated."""
     found: Results = {}
     for workdir, label in zip(workdirs, labels(workdirs), strict=True):
-        paths = sorted(epath.Path(workdir).glob("evaluation/*.json"))
-        paths = [path for path in paths if path.name != "heldout.json"]
-        if not paths:
+        results = _read_run(workdir)
+        if not results:
             raise UserError(
                 f"{workdir} was not evaluated: run scripts/evaluate.py --workdir={workdir} --suite=... first."
             )
-        for path in paths:
-            suite, _, variant = path.name.removesuffix(".json").partition("@")
-            name = f"{label} @ {variant}" if variant else label
-            found.setdefault(suite, {})[name] = load(path)[1]
+        for (suite, variant), result in results.items():
+            found.setdefault(suite, {})[_name(label, variant)] = result
     return found
+
+
+def read_groups(groups: Mapping[str, Iterable[epath.PathLike]]) -> Results:
+    """The means of what was found of each group of runs, by suite and group; a run may have nothing yet."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for label, workdirs in groups.items():
+        for workdir in workdirs:
+            for (suite, variant), result in _read_run(workdir).items():
+                found.setdefault(suite, {}).setdefault(_name(label, variant), []).append(result)
+    return {
+        suite: {_counted(name, len(several)): mean(several) for name, several in runs.items()}
+        for suite, runs in found.items()
+    }
+
+
+def _read_run(workdir: epath.PathLike) -> dict[tuple[str, str], Result]:
+    """The results of a run by suite and variant."""
+    paths = sorted(epath.Path(workdir).glob("evaluation/*.json"))
+    return {_suite(path): load(path)[1] for path in paths if path.name != "heldout.json"}
+
+
+def _suite(path: epath.Path) -> tuple[str, str]:
+    suite, _, variant = path.name.removesuffix(".json").partition("@")
+    return suite, variant
+
+
+def _name(label: str, variant: str) -> str:
+    return f"{label} @ {variant}" if variant else label
+
+
+def _counted(name: str, count: int) -> str:
+    return name if count == 1 else f"{name} (mean of {count})"
+
+
+def mean(results: Sequence[Result]) -> Result:
+    """The mean of each scalar that all have, and of pictures that all have over the same axes."""
+    first = results[0]
+    pictures = {name: [result.pictures.get(name) for result in results] for name in first.pictures}
+    return Result(
+        {name: _mean([result.scalars.get(name) for result in results]) for name in first.scalars},
+        {name: _mean_picture(same) for name, same in pictures.items() if len({_axes(one) for one in same}) == 1},
+    )
+
+
+def _axes(picture: Picture | None) -> tuple | None:
+    if isinstance(picture, Grid):
+        return tuple(map(str, picture.rows)), tuple(map(str, picture.columns))
+    return picture and (tuple(picture.x), tuple(picture.lines))
+
+
+def _mean_picture(pictures: Sequence[Picture]) -> Picture:
+    first = pictures[0]
+    if isinstance(first, Grid):
+        rows = zip(*(picture.values for picture in pictures), strict=True)
+        return replace(first, values=[[_mean(cells) for cells in zip(*row, strict=True)] for row in rows])
+    lines = {name: [picture.lines[name] for picture in pictures] for name in first.lines}
+    return replace(first, lines={name: list(map(_mean, zip(*line, strict=True))) for name, line in lines.items()})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
 
 
 def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
@@ -49,16 +111,19 @@ def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
 
 def write_page(path: epath.PathLike, results: Results, title: str = "Evaluation") -> None:
     """Writes the page, one file that needs no other."""
-    body = "".join(section(suite, runs) for suite, runs in sorted(results.items()))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{sections(results)}</html>\n"
     )
     write_bytes(path, page.encode())
 
 
-def section(suite: str, runs: Mapping[str, Result]) -> str:
-    """One suite of several runs as HTML: what the sweep report joins."""
+def sections(results: Results) -> str:
+    """All suites as HTML: what the page of a sweep has as well."""
+    return "".join(f"<section>{_section(suite, runs)}</section>" for suite, runs in sorted(results.items()))
+
+
+def _section(suite: str, runs: Mapping[str, Result]) -> str:
     names = dict.fromkeys(name for result in runs.values() for name in result.pictures)
     pictures = [_picture(name, runs) for name in names]
     return f"<h2>{html.escape(suite)}</h2>{_table(runs)}{''.join(pictures)}"

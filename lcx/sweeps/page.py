@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The page of a report, as `lcx.sweeps.summary` makes it.
+def page(report: Mapping[str, Any], evaluation: str = "") -> str:
+    """The page of a report, as `lcx.sweeps.summary` makes it; evaluation: HTML of what suites found, as it is.
 
     Whatever stands in the report is shown as text: as JSON it cannot end the element that it lies in, and the page's
     script puts it into the document as text alone.
@@ -18,6 +18,7 @@ def page(report: Mapping[str, Any]) -> str:
     template = (folder / "page.html").read_text()
     parts = {"STYLE": (folder / "page.css").read_text(), "SCRIPT": (folder / "page.js").read_text()}
     parts |= {"TITLE": html.escape(f"{report['name']}: a sweep"), "DATA": script_safe(report)}
+    parts["EVALUATION"] = evaluation
     return re.sub(r"@([A-Z]+)@", lambda place: parts[place[1]], template)
 
 

@@ -1,5 +1,6 @@
 """The report: its numbers, its curves, and the page in a browser."""
 
+import html
 import json
 import re
 import shutil
@@ -7,6 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
+from lcx.cli.sweep import evaluation
+from lcx.evaluation.compare import sections
+from lcx.evaluation.results import Result, save
+from lcx.evaluation.suite import Grid
 from lcx.schema import build
 from lcx.sweeps.expand import expand
 from lcx.sweeps.folder import Folder
@@ -89,6 +94,31 @@ def test_a_page_carries_its_data_as_data(report):
     assert json.loads(data) == json.loads(json.dumps(report))
 
 
+def test_what_suites_found_comes_with_the_page(report, tmp_path):
+    """The mean over the seeds of a group; a trial without a file, and one that has not ended, are left out."""
+    folder = Folder(tmp_path)
+    for trial in report["trials"]:
+        where = folder.path / trial["workdir"] / "evaluation"
+        where.mkdir(parents=True)
+        (where / "heldout.json").write_text('{"loss": 1.0}')
+    assert evaluation(report, folder) == ""
+    grid = lambda value: Grid(["<i>"], [512], [[value]], "depth", "tokens", "accuracy")  # noqa: E731
+    for number, trial in enumerate(report["trials"][1:]):
+        found = Result({"accuracy": number / 8}, {"accuracy by length": grid(number / 8)})
+        save(folder.path / trial["workdir"] / "evaluation", "passkey", found, 7, {})
+    text = evaluation(report, folder)
+    first, second, *_ = report["trials"]
+    assert first["group"] != second["group"] and text.count("<svg") == 1 and "<i>" not in text and EVIL not in text
+    rows = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", text))
+    expected = {}
+    for number, trial in enumerate(report["trials"][1:-1]):
+        expected.setdefault(trial["group"], []).append(number / 8)
+    for group, values in expected.items():
+        name = html.escape(group) + (f" (mean of {len(values)})" if len(values) > 1 else "")
+        assert float(rows[name]) == pytest.approx(np.mean(values), rel=1e-3)
+    assert len(rows) == len(expected) and text in page(report, text)
+
+
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -104,7 +134,8 @@ def browser():
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 360)])
 def test_in_a_browser(report, browser, tmp_path, scheme, width):
     """The table sorts both ways, nothing overflows, nothing complains, and no text of a config is run."""
-    (tmp_path / "report.html").write_text(page(report))
+    found = Result({f"accuracy_at_{512 << i}": 0.5 for i in range(12)}, {"by length": Grid([0], [512], [[0.5]])})
+    (tmp_path / "report.html").write_text(page(report, sections({"passkey": {EVIL: found}})))
     tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
     complaints = []
     tab.on("console", lambda message: complaints.append(message.text))
