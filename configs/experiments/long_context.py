@@ -47,7 +47,7 @@ KEY_WEIGHT = 10.0  # of a key's token in the loss: there are three in a row, and
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of one run; `arg` is "model=samba,seed=1" or a part of it."""
-    options = parse_options(arg, model="samba", seed=0, steps=2400, learning_rate=3e-3, longest=16_384)
+    options = parse_options(arg, model="samba", seed=0, steps=4800, learning_rate=3e-3, longest=16_384)
     chosen = dict(choose("model", options["model"], MODELS))
     mlp = {"d_ff": chosen.pop("d_ff", None)}
 
@@ -71,8 +71,8 @@ def get_config(arg: str = "") -> ConfigDict:
     lengths = [length for length in LENGTHS if length <= options["longest"]]
     config.evaluation.update(max_rows=64, suites=["passkey", "perplexity"], chunk_size=512)
     config.evaluation.options = {
-        "passkey": {"lengths": lengths, "depths": 5, "samples": 4, "digits": DIGITS, "style": "plain"},
-        "perplexity": {"lengths": lengths, "documents": 8, "whole": 0},
+        "passkey": {"lengths": lengths, "depths": 5, "samples": 2, "digits": DIGITS, "style": "plain"},
+        "perplexity": {"lengths": lengths, "documents": 4, "whole": 0},
     }
     return config
 

@@ -12,7 +12,7 @@ MODELS = ("samba", "mamba", "window", "transformer", "infini", "sink")
 
 def get_sweep(arg: str = "") -> dict:
     """The sweep; `arg` is "steps=20,longest=1024,seeds=1" or a part of it."""
-    options = parse_options(arg, steps=2400, longest=16_384, seeds=3)
+    options = parse_options(arg, steps=4800, longest=16_384, seeds=3)
     how = f"steps={options['steps']},longest={options['longest']}"
     return {
         "configs": {model: f"configs/experiments/long_context.py:model={model},{how}" for model in MODELS},

@@ -83,6 +83,7 @@ def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
     time, kv_heads = q.shape[1], k.shape[2]
     if time * kv_heads <= FEW:
         return _forward_few(plan, q, k, v, queries, keys)
+    q, queries, keys, unseen = _together(q, queries, keys, jnp.float32(-jnp.inf))
     rows = _pad((q, queries), plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
@@ -91,7 +92,7 @@ def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
         q_block, queries_block = _take(rows, number, plan.chunk_size)
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
         q_block = _split_heads(q_block, kv_heads) * plan.scale
-        out, log_sum_exp = _forward_block(q_block, k_part, v_part, queries_block, keys_part, plan.softcap)
+        out, log_sum_exp = _forward_block(q_block, k_part, v_part, queries_block, keys_part, unseen, plan.softcap)
         return None, (_join_heads(out), _join_heads(log_sum_exp[..., None])[..., 0])
 
     pieces = []
@@ -113,6 +114,7 @@ def _backward(plan: Plan, residuals, cotangents):
 
 def _gradients(plan: Plan, q, k, v, queries: Queries, keys: Keys, log_sum_exp, d_out, delta):
     time, kv_heads = q.shape[1], k.shape[2]
+    q, queries, keys = _together(q, queries, keys)
     rows = _pad((q, d_out, log_sum_exp[..., None], delta[..., None], queries), plan.chunk_size)
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
@@ -142,17 +144,26 @@ def _gradients(plan: Plan, q, k, v, queries: Queries, keys: Keys, log_sum_exp, d
 _attention.defvjp(named(_forward_with_residuals), _backward)
 
 
+def _together(*arrays):
+    """The same arrays, none of them known before the queries, which are among them, are.
+
+    Masks do not depend on what a layer computes. Where layers are a scan that is differentiated, JAX would compute what
+    all blocks' masks and fillings are ahead of it, and keep that: for each head, T times the keys.
+    """
+    return jax.lax.optimization_barrier(arrays)
+
+
 # One block of queries. c is chunk_size, n the key and value heads, g the query heads of each, s the keys it meets.
 
 
-def _forward_block(q, k, v, queries: Queries, keys: Keys, softcap: float | None):
+def _forward_block(q, k, v, queries: Queries, keys: Keys, unseen, softcap: float | None):
     """From q [batch, n, g, c, K], k [batch, n, s, K], v [batch, n, s, V] to out [..., c, V], log_sum_exp [..., c]."""
     mask = visible(
         jax.tree.map(lambda x: x[:, None, None, :, None], queries),
         jax.tree.map(lambda x: x[:, None, None, None, :], keys),
     )
     scores = _cap(jnp.einsum("bngck,bnsk->bngcs", q, k), softcap)
-    scores = jnp.where(mask, scores, -jnp.inf)
+    scores = jnp.where(mask, scores, unseen.astype(scores.dtype))
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
     weights = jnp.exp(scores - maximum)

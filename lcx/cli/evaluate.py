@@ -1,6 +1,5 @@
 """`lcx evaluate`: suites on a checkpoint or an export, once or as checkpoints come; or a page of several runs."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,8 +95,8 @@ def follow(values: SimpleNamespace, changes: Sequence[tuple[str, str]]) -> int:
     while True:
         step = newest(f"{values.workdir}/checkpoints", say=lambda _: None)
         if step is None or step == done:
-            if not waiting and sys.stdout.isatty():
-                print("waiting for the next checkpoint; Ctrl-C ends this", flush=True)
+            if not waiting:
+                print(f"waiting for the next checkpoint in {values.workdir}; Ctrl-C ends this", flush=True)
             waiting = True
             time.sleep(POLL_SECONDS)
             continue

@@ -4,6 +4,9 @@ A step is bad whose loss or gradient norm is not finite, or lies far above the m
 measured by their median absolute deviation, which one wild value among them does not move. A bad step is skipped: the
 parameters, the optimizer's statistics and what rows carry stay as they were, only the counters go on.
 
+Gradient norms that stay large while losses are what they were are no fault of the data, so that to go back would not
+help: after as many steps as a rewind would wait for, the window begins again.
+
 The statistics are a part of the train state, so that a resumed run judges as the one that was never stopped. So are the
 data indices that the run steps over, once `lcx.training.quarantine` has found them to be of no use.
 """
@@ -29,7 +32,8 @@ def initial(config: HealthConfig) -> Health:
     """What a run knows before its first step; {} where steps are not judged.
 
     losses, grad_norms: float32 [window], of the last good steps. accepted, streak: int32 [], good steps so far, and bad
-    ones in a row. first_bad: int32 [], the data index of the streak's first step. over: int32 [INTERVALS, 2], disjoint
+    ones in a row. first_bad: int32 [], the data index of the streak's first step. losses_bad: bool [], whether a loss
+    of the streak was not usual, or something not finite. over: int32 [INTERVALS, 2], disjoint
     intervals [start, stop) of data indices that are stepped over, in order; unused ones are empty.
     """
     if not config.skip:
@@ -42,6 +46,7 @@ def initial(config: HealthConfig) -> Health:
         "accepted": zero,
         "streak": zero,
         "first_bad": zero,
+        "losses_bad": jnp.zeros((), bool),
         "over": over,
     }
 
@@ -54,15 +59,19 @@ def judge(
         return jnp.zeros((), bool), {}, {}
     values = {"losses": loss.astype(jnp.float32), "grad_norms": grad_norm.astype(jnp.float32)}
     limits = {name: limit(health[name], health["accepted"], config.threshold) for name in values}
-    good = jnp.array(True)
-    for name, value in values.items():
-        good &= jnp.isfinite(value) & (value <= limits[name])
+    finite = jnp.isfinite(values["losses"]) & jnp.isfinite(values["grad_norms"])
+    within = {name: finite & (value <= limits[name]) for name, value in values.items()}
+    good = within["losses"] & within["grad_norms"]
+    streak = jnp.where(good, 0, health["streak"] + 1)
+    losses_bad = ~good & ((health["losses_bad"] & (health["streak"] > 0)) | ~within["losses"])
+    larger = (streak >= config.patience) & ~losses_bad  # gradients alone, which are usual from here on
     place = jnp.arange(config.window) == health["accepted"] % config.window
     windows = {name: jnp.where(place & good, value, health[name]) for name, value in values.items()}
     after = windows | {
-        "accepted": health["accepted"] + good,
-        "streak": jnp.where(good, 0, health["streak"] + 1),
+        "accepted": jnp.where(larger, 0, health["accepted"] + good),
+        "streak": jnp.where(larger, 0, streak),
         "first_bad": jnp.where(good | (health["streak"] > 0), health["first_bad"], data_index),
+        "losses_bad": losses_bad,
         "over": health["over"],
     }
     why = {"loss_limit": limits["losses"], "grad_norm_limit": limits["grad_norms"]}

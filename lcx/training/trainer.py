@@ -339,6 +339,11 @@ class _StepLog:
             f"gradient norm {why['grad_norm']} (limit {why['grad_norm_limit']})"
         )
         streak = int(limits["streak"])
+        if streak == 0:
+            self.report.say(
+                f"step {step} was the last of {self.config.health.patience}: losses are as before, and such "
+                "gradient norms count as usual from here on"
+            )
         if streak >= self.config.health.patience:
             raise BadStreak([step - streak + 1, step], [int(limits["first_bad"]), data_index + 1])
 

@@ -1,6 +1,8 @@
 """Suites through the command line: inside training, on checkpoints, on variants, while a run goes on, and compared."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,35 @@ def test_following_ends_with_the_run_and_an_older_step_joins_the_history(run, tm
     found = read(tmp_path / "perplexity.json")
     assert found["step"] == 4 and [past["step"] for past in found["history"]] == [2, 4]
     assert found["scalars"] == found["history"][1]["scalars"] != found["history"][0]["scalars"]
+
+
+@pytest.mark.slow
+def test_following_a_run_that_goes_on(corpus, tmp_path):
+    """Begun before the run is; every checkpoint that it sees is evaluated, and it ends with the last."""
+    workdir, out = tmp_path / "run", tmp_path / "found"
+    source = f"--config.data.sources[0].path={corpus}"
+    begin = lambda verb, *flags: subprocess.Popen([sys.executable, f"scripts/{verb}.py", *flags])  # noqa: E731
+    with begin("evaluate", f"--workdir={workdir}", "--follow", f"--out={out}") as following:
+        trained = [*RUN, source, "--config.train.steps=40", "--config.evaluation.every=0", f"--workdir={workdir}"]
+        with begin("train", *trained) as training:
+            assert training.wait(timeout=600) == 0
+        assert following.wait(timeout=600) == 0
+    steps = [past["step"] for past in read(out / "perplexity.json")["history"]]
+    assert len(steps) > 1 and steps[-1] == 40 and all(step % 2 == 0 for step in steps)
+
+
+@pytest.mark.slow
+def test_an_export_gives_what_its_run_gave(run, corpus, tmp_path):
+    exported, out = tmp_path / "export", tmp_path / "found"
+    options = [f"perplexity.files={corpus}", "perplexity.lengths=[32,64]", "perplexity.whole=0"]
+    options += ["passkey.lengths=[256]"]
+    flags = [f"--set=evaluation.options.{option}" for option in options]
+    assert main(["export", f"--workdir={run}", f"--out={exported}", "--noverify"]) == 0
+    assert evaluate(run, "--suite=perplexity", *flags, f"--out={out}") == 0
+    assert evaluate(exported, "--suite=perplexity,passkey", *flags) == 0
+    found, expected = read(exported / "evaluation" / "perplexity.json"), read(out / "perplexity.json")
+    assert found["step"] == 4 and found["scalars"] == pytest.approx(expected["scalars"], abs=1e-5)
+    assert read(exported / "evaluation" / "passkey.json")["scalars"]["accuracy"] == 0  # nobody learns it in four steps
 
 
 @pytest.mark.slow

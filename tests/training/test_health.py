@@ -51,6 +51,18 @@ def test_what_is_bad():
     assert bad[20:] == [True] * 3 and state["streak"] == 3 and state["first_bad"] == 20
 
 
+def test_norms_that_stay_large_become_usual():
+    """Ten steps are skipped, as many as a rewind waits for; it would not help where losses are as before."""
+    usual = list(np.random.default_rng(1).normal(3.0, 0.05, 20))
+    bad, state = feed([*usual, *usual], [*[1.0] * 20, *[9.0] * 20])
+    assert bad == [False] * 20 + [True] * 10 + [False] * 10
+    assert state["streak"] == 0 and state["accepted"] == 10
+    for loss, norm in ((9.0, 9.0), (3.0, np.inf), (np.nan, 9.0)):
+        bad, state = feed([*usual, loss, *[3.0] * 10], [*[1.0] * 20, norm, *[9.0] * 10])
+        assert bad[20:] == [True] * 11 and state["streak"] == 11 and state["accepted"] == 20, (loss, norm)
+        assert not any(feed([3.0] * 2, state=state)[0]) and not feed([3.0], state=state)[1]["losses_bad"]
+
+
 def test_indices_that_are_stepped_over():
     known = health.step_over(jax.device_get(health.initial(JUDGE)), [[4, 6], [6, 7], [9, 10]])
     assert known["over"][:3].tolist() == [[4, 7], [9, 10], [0, 0]]

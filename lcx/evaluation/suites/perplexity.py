@@ -38,7 +38,8 @@ def run(model: LanguageModel, options: Options, material: Material) -> Iterator[
     started, begun = _begun(rows, material)
     by_place = np.concatenate([row_losses(model, part, material.chunk_size) for part in batches(started, material)])
     by_place = by_place[:, begun:]
-    at_length = {length: _at_length(model, rows, length, material) for length in lengths}
+    at_length = {length: _at_length(model, rows, length, material) for length in lengths[:-1]}
+    at_length[lengths[-1]] = bits_of(by_place)
     for length, bits in at_length.items():
         yield f"bits_at_{length}", bits
     ends = bucket_ends(lengths[-1])
