@@ -1,5 +1,6 @@
 """`lcx sweep`: expands a sweep file, runs its trials and draws the report."""
 
+import html
 import os
 import shlex
 import sys
@@ -77,7 +78,7 @@ def run_all(values: SimpleNamespace, sweep: Any, trials: list, folder: Any, star
 
     def draw(now: bool = False) -> None:
         if now or time.monotonic() - drawn[0] > REDRAW:
-            draw_report(values, sweep, list(seen.values()), folder, measure)
+            draw_report(values, sweep, list(seen.values()), folder, measure, suites=now)
             drawn[0] = time.monotonic()
 
     def begin(trial: Any) -> Any:
@@ -127,15 +128,17 @@ def starter(values: SimpleNamespace, sweep: Any, folder: Any) -> Callable:
     return Local(folder, values.jobs)
 
 
-def draw_report(values: SimpleNamespace, sweep: Any, trials: list, folder: Any, measure: "Measure") -> None:
-    """Writes report.json and report.html."""
+def draw_report(
+    values: SimpleNamespace, sweep: Any, trials: list, folder: Any, measure: "Measure", suites: bool
+) -> None:
+    """Writes report.json and report.html. suites: with what they found, whose pictures take some seconds."""
     from lcx.files import write_bytes, write_json
     from lcx.sweeps.page import page
     from lcx.sweeps.summary import summarize
 
     report = summarize(Path(values.config.partition(":")[0]).stem, sweep, trials, folder, measure)
     write_json(folder.path / "report.json", report)
-    write_bytes(folder.path / "report.html", page(report, evaluation(report, folder)).encode())
+    write_bytes(folder.path / "report.html", page(report, evaluation(report, folder) if suites else "").encode())
 
 
 def evaluation(report: Mapping[str, Any], folder: Any) -> str:
@@ -148,7 +151,10 @@ def evaluation(report: Mapping[str, Any], folder: Any) -> str:
     for trial in report["trials"]:
         if trial["status"] == "finished":
             groups.setdefault(trial["group"], []).append(folder.path / trial["workdir"])
-    return sections(read_groups(groups))
+    try:
+        return sections(read_groups(groups))
+    except UserError as error:  # a damaged file of one trial is no reason to stop the others
+        return f"<p>{html.escape(str(error))}</p>"
 
 
 def listing(trials: list, measure: "Measure") -> str:

@@ -33,8 +33,8 @@ def initial(config: HealthConfig) -> Health:
 
     losses, grad_norms: float32 [window], of the last good steps. accepted, streak: int32 [], good steps so far, and bad
     ones in a row. first_bad: int32 [], the data index of the streak's first step. losses_bad: bool [], whether a loss
-    of the streak was not usual, or something not finite. over: int32 [INTERVALS, 2], disjoint
-    intervals [start, stop) of data indices that are stepped over, in order; unused ones are empty.
+    of the streak was not usual, or anything not finite. over: int32 [INTERVALS, 2], disjoint intervals [start, stop) of
+    data indices that are stepped over, in order; unused ones are empty.
     """
     if not config.skip:
         return {}
@@ -63,7 +63,7 @@ def judge(
     within = {name: finite & (value <= limits[name]) for name, value in values.items()}
     good = within["losses"] & within["grad_norms"]
     streak = jnp.where(good, 0, health["streak"] + 1)
-    losses_bad = ~good & ((health["losses_bad"] & (health["streak"] > 0)) | ~within["losses"])
+    losses_bad = ~good & (health["losses_bad"] | ~within["losses"])
     larger = (streak >= config.patience) & ~losses_bad  # gradients alone, which are usual from here on
     place = jnp.arange(config.window) == health["accepted"] % config.window
     windows = {name: jnp.where(place & good, value, health[name]) for name, value in values.items()}

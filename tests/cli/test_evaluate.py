@@ -5,9 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lcx.cli.main import main
+from lcx.cli.variant import open_trained
+from lcx.evaluation.policies import apply_policy
+from lcx.evaluation.streaming import row_losses, stream
+from tests.evaluation.test_policies import bound_holds
 
 RUN = [
     "--config=configs/samba.py:size=tiny,sequence_length=32",
@@ -168,3 +175,25 @@ def test_a_wrong_suite_stops_a_run_before_it_begins(corpus, tmp_path, capsys):
     assert 'did you mean "perplexity"' in capsys.readouterr().err
     assert main(["evaluate", f"--compare={tmp_path}"]) == 2
     assert "was not evaluated" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_policies_on_trained_attention(corpus, tmp_path):
+    """The bound of a Quest page is above the scores of all its keys, and with room for everything nothing changes."""
+    attention = ["--config=configs/transformer.py:size=tiny,sequence_length=64", "--config.model.d_model=32"]
+    steps = ["--config.train.steps=200", "--config.optimizer.learning_rate=1e-2", "--config.evaluation.max_rows=8"]
+    workdir, source = tmp_path / "run", f"--config.data.sources[0].path={corpus}"
+    assert main(["train", *attention, *steps, source, f"--workdir={workdir}"]) == 0
+    trained = open_trained(workdir)
+    tokens = np.frombuffer((corpus / "7.txt").read_bytes()[:193], np.uint8)[None].astype(np.int32)
+    *_, piece = stream(trained.model, tokens, 64)
+    cache = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(piece.state) if "'key'" in str(path[-1])]
+    for number, key in enumerate(jnp.concatenate(cache)):  # of a layer, as it is kept: [batch, time, kv_heads, K]
+        bound_holds(10 * jax.random.normal(jax.random.key(number), (1, key.shape[2], 3, key.shape[3])), key)
+        bound_holds(key[:, -1][:, :, None], key)
+    assert number + 1 == trained.config.model.periods and key.shape[1] == 192
+    expected = row_losses(trained.model, tokens, 64)
+    assert expected.mean() < 0.5 * np.log(256), "it has learned something"
+    for policy in ("sink_window", "lm_infinite", "h2o", "spatten", "quest"):
+        found = row_losses(apply_policy(trained.model, f"{policy}:budget=256"), tokens, 64)
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)

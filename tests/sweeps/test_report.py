@@ -117,6 +117,8 @@ def test_what_suites_found_comes_with_the_page(report, tmp_path):
         name = html.escape(group) + (f" (mean of {len(values)})" if len(values) > 1 else "")
         assert float(rows[name]) == pytest.approx(np.mean(values), rel=1e-3)
     assert len(rows) == len(expected) and text in page(report, text)
+    (folder.path / first["workdir"] / "evaluation" / "ruler.json").write_text("{")
+    assert "ruler.json" in evaluation(report, folder) and "<svg" not in evaluation(report, folder)
 
 
 @pytest.fixture(scope="module")
