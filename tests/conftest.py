@@ -5,6 +5,7 @@ The runs of tests/drills are processes of their own and use what users get.
 """
 
 import gc
+import importlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -37,6 +38,20 @@ settings.register_profile(
     "lcx", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lcx")
+
+
+# Compiled programs are mapped into memory, some ten mappings each, and stay; Linux gives a process 65,530, and XLA ends
+# with a segmentation fault where it gets no more.
+MAPPINGS = 15_000
+
+
+def pytest_runtest_teardown(item):
+    """Lets go of all compiled programs when there are many."""
+    mappings = Path("/proc/self/maps")
+    if item.get_closest_marker("mesh") and mappings.exists() and mappings.read_bytes().count(b"\n") > MAPPINGS:
+        jax = importlib.import_module("jax")  # not before the variables above are set
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):
