@@ -5,7 +5,6 @@ The runs of tests/drills are processes of their own and use what users get.
 """
 
 import gc
-import importlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -49,7 +48,8 @@ def pytest_runtest_teardown(item):
     """Lets go of all compiled programs when there are many."""
     mappings = Path("/proc/self/maps")
     if item.get_closest_marker("mesh") and mappings.exists() and mappings.read_bytes().count(b"\n") > MAPPINGS:
-        jax = importlib.import_module("jax")  # not before the variables above are set
+        import jax  # not before the variables above are set
+
         jax.clear_caches()
         gc.collect()
 

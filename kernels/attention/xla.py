@@ -114,7 +114,6 @@ def _backward(plan: Plan, residuals, cotangents):
 
 def _gradients(plan: Plan, q, k, v, queries: Queries, keys: Keys, log_sum_exp, d_out, delta):
     time, kv_heads = q.shape[1], k.shape[2]
-    q, queries, keys = _together(q, queries, keys)
     rows = _pad((q, d_out, log_sum_exp[..., None], delta[..., None], queries), plan.chunk_size)
     dtypes = q.dtype, k.dtype, v.dtype
     k, v = _heads_first(k), _heads_first(v)
