@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 # Every name that a kernel of this package may offer, and the platform that it needs; a kernel need not offer all.
-BACKENDS = {"reference": None, "xla": None, "pallas_tpu": "tpu", "triton": "gpu", "cudnn": "gpu"}
+BACKENDS = {"reference": None, "xla": None, "cpp": "cpu", "pallas_tpu": "tpu", "triton": "gpu", "cudnn": "gpu"}
 
 _target = contextvars.ContextVar("target", default=None)
 _interpreted = contextvars.ContextVar("interpreted", default=False)

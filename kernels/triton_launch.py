@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from lcx_kernels.backends import BackendUnavailable
-from lcx_kernels.varying import varying_axes
 
 # What programs are compiled for where no GPU is: an H100's.
 _COMPUTE_CAPABILITY = 90
@@ -49,9 +48,3 @@ def call(kernels: str, launch: Any) -> list[jax.Array]:
         compute_capability=None if jax.default_backend() == "gpu" else _COMPUTE_CAPABILITY,
         **launch.constants,
     )
-
-
-def vary_as(inputs: Any, outputs: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """The outputs of a launch, varying over mesh axes as its inputs do: jax-triton does not say so itself."""
-    axes = tuple(sorted(varying_axes(inputs)))
-    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)

@@ -28,3 +28,9 @@ def vary_alike(arrays: Any) -> Any:
 def varying_struct(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
     """The declaration of a custom call's result that varies over ``axes``."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+
+
+def vary_as(inputs: Any, outputs: Any) -> tuple[jax.Array, ...]:
+    """The outputs of a custom call that cannot declare them, varying over mesh axes as its inputs do."""
+    axes = tuple(sorted(varying_axes(inputs)))
+    return tuple(jax.lax.pcast(output, axes, to="varying") if axes else output for output in outputs)

@@ -12,8 +12,8 @@ from lcx_kernels.attention import triton_plan
 from lcx_kernels.attention.arguments import Arguments, Static, delta_of
 from lcx_kernels.attention.triton_plan import Launch
 from lcx_kernels.residuals import named
-from lcx_kernels.triton_launch import call, require, vary_as
-from lcx_kernels.varying import vary_alike
+from lcx_kernels.triton_launch import call, require
+from lcx_kernels.varying import vary_alike, vary_as
 
 
 def refusal(arguments: Arguments, static: Static) -> str | None:

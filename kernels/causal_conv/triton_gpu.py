@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lcx_kernels.causal_conv.taps import add_last, last_tokens
-from lcx_kernels.triton_launch import call, vary_as
+from lcx_kernels.triton_launch import call
 from lcx_kernels.triton_launch import missing as missing
+from lcx_kernels.varying import vary_as
 
 _WARPS = 4
 _PER_THREAD = 2  # channels

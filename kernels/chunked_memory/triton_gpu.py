@@ -15,8 +15,8 @@ from lcx_kernels.chunked_memory.arguments import Arguments, Static
 from lcx_kernels.chunked_memory.state import SegmentState
 from lcx_kernels.chunked_memory.triton_plan import Cotangents, Inputs, Launch, Plan
 from lcx_kernels.residuals import named
-from lcx_kernels.triton_launch import call, require, vary_as
-from lcx_kernels.varying import vary_alike
+from lcx_kernels.triton_launch import call, require
+from lcx_kernels.varying import vary_alike, vary_as
 
 
 def refusal(arguments: Arguments, static: Static) -> str | None:

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 
 from lcx_kernels.backends import BackendUnavailable, is_interpreted, resolve_backend
 from lcx_kernels.checks import check
-from lcx_kernels.selective_scan import reference, triton_gpu, triton_plan, xla
+from lcx_kernels.selective_scan import cpp_cpu, reference, triton_gpu, triton_plan, xla
 from lcx_kernels.selective_scan.arguments import Arguments, around, late, step_sizes
 
 # From (Arguments, dt_softplus, chunk_size) to (y, final state).
 _SCANS = {
     "reference": around(reference.scan),
     "xla": around(xla.scan),
+    "cpp": cpp_cpu.scan,
     "pallas_tpu": late("pallas_tpu"),
     "triton": triton_gpu.scan,
 }
-_AUTO = {"cpu": "xla", "gpu": "triton", "tpu": "pallas_tpu"}
+_AUTO = {"cpu": "cpp", "gpu": "triton", "tpu": "pallas_tpu"}
 _FEW = 8  # tokens below which "auto" is xla anywhere: a kernel's launch and tiles are made for more, as decoding is not
 
 
@@ -33,6 +34,8 @@ def select_backend(backend: str, *, state: int | None = None, dtype: jnp.dtype |
       BackendUnavailable: the backend named cannot run here, a package is missing, or it cannot do such a call.
     """
     name = resolve_backend(backend, _SCANS, _AUTO)
+    if name == "cpp" and backend == "auto" and not cpp_cpu.available():
+        return "xla"
     if reason := _refusal(name, state, dtype):
         if backend == "auto":
             return "xla"
@@ -48,6 +51,8 @@ def _refusal(name: str, state: int | None, dtype: jnp.dtype | None) -> str | Non
         return f"A has {state} states a channel, and it takes at most {triton_plan.LARGEST_STATE}"
     if name == "pallas_tpu" and dtype == jnp.float64 and not is_interpreted():
         return "TPUs have no float64"
+    if name == "cpp":
+        return cpp_cpu.missing()
     return None
 
 
@@ -122,7 +127,7 @@ def selective_scan(
       dt_softplus: whether ``dt`` passes through softplus.
       initial_state: h before the first token, [batch, channels, state]; None for zeros.
       reset: bool [batch, time]; True zeroes the state before that token, the initial state too.
-      backend: "auto" (by platform), or the name of one: "reference", "xla", "pallas_tpu" or "triton".
+      backend: "auto" (by platform), or the name of one: "reference", "xla", "cpp", "pallas_tpu" or "triton".
       chunk_size: tokens between two states that are kept for the backward pass; None for the backend's own choice.
         The reference keeps them all, whatever this says.
 

@@ -12,9 +12,9 @@ from lcx_kernels.residuals import named
 from lcx_kernels.selective_scan import triton_plan
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.selective_scan.triton_plan import Inputs, Launch, Plan
-from lcx_kernels.triton_launch import call, vary_as
+from lcx_kernels.triton_launch import call
 from lcx_kernels.triton_launch import require as require
-from lcx_kernels.varying import vary_alike
+from lcx_kernels.varying import vary_alike, vary_as
 
 
 def scan(arguments: Arguments, dt_softplus: bool, chunk_size: int | None) -> tuple[jax.Array | None, jax.Array]:

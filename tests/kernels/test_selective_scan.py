@@ -369,6 +369,16 @@ class TestXla(ScanTests):
         assert long < 4.2 * short
 
 
+class TestCpp(ScanTests):
+    """Compiled by the C++ compiler at hand when the first test of it runs."""
+
+    backend = "cpp"
+
+    @pytest.mark.parametrize("chunk_size", [1, 5])
+    def test_chunk_size_changes_nothing(self, chunk_size):
+        self.compare("everything", chunk_size=chunk_size)
+
+
 class TestPallasTpu(ScanTests):
     """The kernels' arithmetic, interpreted on CPU; tests/aot has them compiled for TPU."""
 

@@ -1,0 +1,119 @@
+"""Kernels in C++ for CPUs, called through XLA's foreign function interface.
+
+A kernel's source is compiled when a program first needs it, for the machine at hand, by the C++ compiler that is there
+(``CXX``, or c++, g++, clang++), and kept in the user's cache. So nothing is compiled at installation, and without a
+compiler the other backends go on.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+
+from lcx_kernels.backends import BackendUnavailable
+
+_SHARED = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
+_SECONDS = 300  # that a compilation may take
+
+
+def missing(source: str, handlers: tuple[str, ...]) -> str | None:
+    """Why the kernels of a source cannot run here, or None: they are compiled, loaded and known to XLA.
+
+    Args:
+      source: the path of a C++ file, from this package's folder: "selective_scan/cpp_kernels.cc".
+      handlers: its handlers' names, which are those of the calls, "lcx_selective_scan_forward".
+    """
+    try:
+        _register(source, handlers)
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+def available(source: str, handlers: tuple[str, ...]) -> bool:
+    """Whether they can run here; where not, a warning says once why not, since programs then run slower."""
+    reason = missing(source, handlers)
+    if reason:
+        _warn_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f'backend "cpp" {reason}; XLA\'s own code takes its place', stacklevel=2)
+
+
+@functools.cache
+def _outcome(source: str, handlers: tuple[str, ...]) -> str | None:
+    """None once the handlers are registered, or what is in the way; asked once in a process."""
+    try:
+        library = ctypes.cdll.LoadLibrary(str(_build(source)))
+    except (BackendUnavailable, OSError) as error:
+        return str(error)
+    for name in handlers:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return None
+
+
+def _register(source: str, handlers: tuple[str, ...]) -> None:
+    if reason := _outcome(source, handlers):
+        raise BackendUnavailable(reason)
+
+
+def _build(source: str) -> Path:
+    """The shared library of a source: from the cache, or compiled now."""
+    path = _SHARED.parent / source
+    compiler = _compiler()
+    library = _cache() / f"{path.parent.name}-{_fingerprint(path, compiler)}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [compiler, *_FLAGS, f"-I{_SHARED}", f"-I{jax.ffi.include_dir()}", str(path), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise BackendUnavailable(f"could not be compiled by {compiler}: {lines[0]}")
+            os.replace(made, library)  # whole or not at all, whoever else compiles the same
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendUnavailable(f"could not be compiled by {compiler}: {error}") from error
+    return library
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BackendUnavailable("needs a C++ compiler: c++, g++ or clang++ on the path, or CXX")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcx" / "cpp"
+
+
+def _fingerprint(path: Path, compiler: str) -> str:
+    """Of all that the machine code depends on: sources, flags, compiler, XLA's interface and the processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [version, " ".join(_FLAGS), jax.__version__, platform.machine(), _processor()]
+    sources = [path, *sorted(_SHARED.glob("*.h"))]
+    return hashlib.sha256("\0".join([*parts, *(file.read_text() for file in sources)]).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What the processor can do, where the system says so: a home folder may be that of several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
