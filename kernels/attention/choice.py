@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 
-from lcx_kernels.attention import cudnn, pallas_tpu, reference, triton_gpu, xla
+from lcx_kernels.attention import cpp_cpu, cudnn, pallas_tpu, reference, triton_gpu, xla
 from lcx_kernels.attention.arguments import Arguments, Static
 from lcx_kernels.backends import BackendUnavailable, resolve_backend, target_platform
 
-# Below so many queries a call, as in decoding, a kernel has nothing to share between queries: XLA everywhere.
+# Below so many queries a call, as in decoding, an accelerator's kernel has nothing to share between queries.
 FEWEST_QUERIES = 8
 
 
@@ -28,12 +28,13 @@ class Backend(NamedTuple):
 BACKENDS = {
     "reference": Backend(reference.attention, reference.gradients),
     "xla": Backend(xla.attention, xla.gradients),
+    "cpp": Backend(cpp_cpu.attention, cpp_cpu.gradients, cpp_cpu.refusal),
     "pallas_tpu": Backend(pallas_tpu.attention, pallas_tpu.gradients, pallas_tpu.refusal),
     "triton": Backend(triton_gpu.attention, triton_gpu.gradients, triton_gpu.refusal),
     "cudnn": Backend(cudnn.attention, cudnn.gradients, cudnn.refusal),
 }
 # What "auto" tries on each platform; the last one can do everything.
-AUTO = {"cpu": ("xla",), "gpu": ("cudnn", "triton", "xla"), "tpu": ("pallas_tpu", "xla")}
+AUTO = {"cpu": ("cpp", "xla"), "gpu": ("cudnn", "triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 
 
 def select_backend(backend: str) -> str:
@@ -41,7 +42,8 @@ def select_backend(backend: str) -> str:
 
     Raises: see `backends.resolve_backend`.
     """
-    return resolve_backend(backend, BACKENDS, {platform: names[0] for platform, names in AUTO.items()})
+    name = resolve_backend(backend, BACKENDS, {platform: names[0] for platform, names in AUTO.items()})
+    return "xla" if name == "cpp" and backend == "auto" and not cpp_cpu.available() else name
 
 
 def choose(backend: str, arguments: Arguments, static: Static) -> str:
@@ -55,6 +57,6 @@ def choose(backend: str, arguments: Arguments, static: Static) -> str:
         if reason := BACKENDS[name].refusal(arguments, static):
             raise BackendUnavailable(f'backend "{name}" cannot do this call: {reason}')
         return name
-    if arguments.q.shape[1] < FEWEST_QUERIES:
-        return "xla"
-    return next(name for name in AUTO[target_platform()] if not BACKENDS[name].refusal(arguments, static))
+    few = arguments.q.shape[1] < FEWEST_QUERIES and target_platform() != "cpu"
+    names = ("xla",) if few else AUTO[target_platform()]
+    return next(name for name in names if not BACKENDS[name].refusal(arguments, static))

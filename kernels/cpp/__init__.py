@@ -20,6 +20,7 @@ import jax
 
 from lcx_kernels.backends import BackendUnavailable
 
+VECTOR_BYTES = 64  # of the vectors that kernels compute with, on any machine
 _SHARED = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
 _SECONDS = 300  # that a compilation may take

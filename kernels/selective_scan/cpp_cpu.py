@@ -20,7 +20,7 @@ missing, available = functools.partial(cpp.missing, *SOURCE), functools.partial(
 
 # Tokens between two states that are kept. A chunk's states and decays, recomputed, should stay in a core's cache.
 _CHUNK_SIZE = 32
-_VECTOR_BYTES, _BLOCKS = 64, 4  # of the kernels: a vector of channels, and how many of them a backward task has
+_BLOCKS = 4  # vectors of channels that a task of the backward kernel has
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,7 @@ def _call(name: str, outputs: list[tuple[int, ...]], plan: Plan, arrays: tuple, 
 def _run(plan: Plan, arrays: tuple, keep: bool) -> tuple:
     """y (of one number where C is not given), the final state and, to keep, the states at the chunks' borders."""
     x, state = arrays[0], arrays[8].shape
-    lanes = _VECTOR_BYTES // x.dtype.itemsize
+    lanes = cpp.VECTOR_BYTES // x.dtype.itemsize
     chunks, blocks = -(-x.shape[1] // plan.chunk_size), -(-x.shape[2] // lanes)
     outputs = [x.shape if plan.given & 1 else (1,), state]
     outputs += [(x.shape[0], chunks, blocks, state[2], lanes)] if keep else []
@@ -75,7 +75,7 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple) -> tuple:
     arrays, borders = residuals
     x, A, B, z, initial = (arrays[i] for i in (0, 2, 3, 6, 8))
     batch, _, channels = x.shape
-    groups = -(-channels // (_VECTOR_BYTES // x.dtype.itemsize * _BLOCKS))
+    groups = -(-channels // (cpp.VECTOR_BYTES // x.dtype.itemsize * _BLOCKS))
     parts = {"A": (batch, *A.shape), "shared": (groups, *B.shape), "channel": (batch, channels)}
     outputs = [x.shape, x.shape, z.shape, initial.shape, parts["A"], parts["shared"]]
     outputs += [parts["shared"] if plan.given & 1 else (1, *arrays[4].shape), parts["channel"], parts["channel"]]

@@ -358,6 +358,10 @@ class TestXla(AttentionTests):
     backend = "xla"
 
 
+class TestCpp(AttentionTests):
+    backend = "cpp"
+
+
 def test_sinks_have_the_right_gradient_where_they_weigh_little():
     """Over many keys a sink's share is small; its derivative is as exact as any."""
     out, log_sum_exp, sinks = jnp.ones((1, 1, 3, 2)), jnp.asarray([[[3.0, 12.0, 30.0]]]), jnp.asarray([0.5, -1.0, 0.0])
