@@ -50,13 +50,14 @@ def target_platform() -> str:
     return _target.get() or jax.default_backend()
 
 
-def resolve_backend(backend: str, available: Mapping[str, Callable], auto: Mapping[str, str]) -> str:
+def resolve_backend(backend: str, available: Mapping[str, Callable], auto: Mapping[str, str | Callable]) -> str:
     """Return the name of the backend to run.
 
     Args:
       backend: "auto", or the name of a backend.
       available: the kernel's implementations by name.
-      auto: what "auto" means on each platform, platforms named as by ``jax.default_backend()`` ("cpu", "gpu", "tpu").
+      auto: what "auto" means on each platform, platforms named as by ``jax.default_backend()`` ("cpu", "gpu", "tpu"):
+        a name, or a function that finds it.
 
     Raises:
       ValueError: ``backend`` is not a name of ``BACKENDS``.
@@ -67,7 +68,8 @@ def resolve_backend(backend: str, available: Mapping[str, Callable], auto: Mappi
     if backend == "auto":
         if platform not in auto:
             raise BackendUnavailable(f'no default backend for platform "{platform}"; name one of: {choices}')
-        return auto[platform]
+        found = auto[platform]
+        return found() if callable(found) else found
     if backend not in BACKENDS:
         raise ValueError(f'backend: unknown name {backend!r}, expected "auto" or one of: {choices}')
     if backend not in available:

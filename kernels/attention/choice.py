@@ -42,8 +42,8 @@ def select_backend(backend: str) -> str:
 
     Raises: see `backends.resolve_backend`.
     """
-    name = resolve_backend(backend, BACKENDS, {platform: names[0] for platform, names in AUTO.items()})
-    return "xla" if name == "cpp" and backend == "auto" and not cpp_cpu.available() else name
+    auto = {platform: names[0] for platform, names in AUTO.items()} | {"cpu": cpp_cpu.SOURCE.default}
+    return resolve_backend(backend, BACKENDS, auto)
 
 
 def choose(backend: str, arguments: Arguments, static: Static) -> str:

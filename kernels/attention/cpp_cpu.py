@@ -15,8 +15,7 @@ from lcx_kernels.attention.visibility import sides
 from lcx_kernels.residuals import named
 from lcx_kernels.varying import vary_alike, vary_as
 
-SOURCE = ("attention/cpp_kernels.cc", ("lcx_attention_forward", "lcx_attention_backward"))
-missing, available = functools.partial(cpp.missing, *SOURCE), functools.partial(cpp.available, *SOURCE)
+SOURCE = cpp.Source("attention/cpp_kernels.cc", ("lcx_attention_forward", "lcx_attention_backward"))
 
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
@@ -26,7 +25,7 @@ def refusal(arguments: Arguments, static: Static) -> str | None:
     del static
     if 0 in arguments.q.shape + arguments.v.shape:
         return "there is an axis of size 0"
-    return missing()
+    return SOURCE.missing()
 
 
 def attention(arguments: Arguments, static: Static) -> tuple[jax.Array, jax.Array]:

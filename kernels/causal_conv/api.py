@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx_kernels.backends import BackendUnavailable, is_interpreted, resolve_backend
-from lcx_kernels.causal_conv import reference, xla
+from lcx_kernels.causal_conv import cpp_cpu, reference, xla
 from lcx_kernels.checks import check
 from lcx_kernels.varying import vary_alike
 
@@ -25,10 +25,11 @@ def _late(module: str) -> Callable:
 _CONVS = {
     "reference": reference.convolve,
     "xla": xla.convolve,
+    "cpp": cpp_cpu.convolve,
     "pallas_tpu": _late("pallas_tpu"),
     "triton": _late("triton_gpu"),
 }
-_AUTO = {"cpu": "xla", "gpu": "triton", "tpu": "pallas_tpu"}
+_AUTO = {"cpu": cpp_cpu.SOURCE.default, "gpu": "triton", "tpu": "pallas_tpu"}
 _FEW = 8  # tokens below which "auto" is xla anywhere: a kernel is made for more, as decoding is not
 _LARGEST_WIDTH = 9  # of a filter that the kernels unroll
 
@@ -58,7 +59,7 @@ def causal_conv(
       lookback: int [batch, time], how many tokens before itself each token may see; None for no limit.
       silu: whether y is passed through silu, before it is rounded to x's dtype; nothing more is kept for the backward
         pass, which computes the sums again.
-      backend: "auto" (by platform), or the name of one: "reference", "xla", "pallas_tpu" or "triton".
+      backend: "auto" (by platform), or the name of one: "reference", "xla", "cpp", "pallas_tpu" or "triton".
 
     Returns:
       y [batch, time, channels] in x's dtype, and the tail for the tokens after x, [batch, width - 1, channels] in the
@@ -96,6 +97,8 @@ def _pick(backend: str, time: int, width: int, dtype: jnp.dtype) -> str:
 
 def _refusal(name: str, width: int, dtype: jnp.dtype) -> str | None:
     """Why the backend cannot do this call."""
+    if name == "cpp":
+        return cpp_cpu.SOURCE.missing()
     if name not in ("pallas_tpu", "triton"):
         return None
     if width > _LARGEST_WIDTH:

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -26,48 +27,44 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 _SECONDS = 300  # that a compilation may take
 
 
-def missing(source: str, handlers: tuple[str, ...]) -> str | None:
-    """Why the kernels of a source cannot run here, or None: they are compiled, loaded and known to XLA.
+class Source(NamedTuple):
+    """A file of kernels.
 
-    Args:
-      source: the path of a C++ file, from this package's folder: "selective_scan/cpp_kernels.cc".
-      handlers: its handlers' names, which are those of the calls, "lcx_selective_scan_forward".
+    Attributes:
+      path: from this package's folder, "selective_scan/cpp_kernels.cc".
+      handlers: the names of its calls.
     """
-    try:
-        _register(source, handlers)
-    except BackendUnavailable as error:
-        return str(error)
-    return None
 
+    path: str
+    handlers: tuple[str, ...]
 
-def available(source: str, handlers: tuple[str, ...]) -> bool:
-    """Whether they can run here; where not, a warning says once why not, since programs then run slower."""
-    reason = missing(source, handlers)
-    if reason:
-        _warn_once(reason)
-    return reason is None
+    def missing(self) -> str | None:
+        """Why they cannot run here, or None: they are compiled now, if they were not, and known to XLA."""
+        return _outcome(self)
+
+    def default(self) -> str:
+        """The backend that "auto" means on a CPU: "cpp", or, with a warning that says why once, "xla"."""
+        reason = self.missing()
+        if reason:
+            _warn_once(reason)
+        return "xla" if reason else "cpp"
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f'backend "cpp" {reason}; XLA\'s own code takes its place', stacklevel=2)
+    warnings.warn(f'backend "cpp" {reason}; XLA\'s own, slower code takes its place', stacklevel=2)
 
 
 @functools.cache
-def _outcome(source: str, handlers: tuple[str, ...]) -> str | None:
+def _outcome(source: Source) -> str | None:
     """None once the handlers are registered, or what is in the way; asked once in a process."""
     try:
-        library = ctypes.cdll.LoadLibrary(str(_build(source)))
+        library = ctypes.cdll.LoadLibrary(str(_build(source.path)))
     except (BackendUnavailable, OSError) as error:
         return str(error)
-    for name in handlers:
+    for name in source.handlers:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
-
-
-def _register(source: str, handlers: tuple[str, ...]) -> None:
-    if reason := _outcome(source, handlers):
-        raise BackendUnavailable(reason)
 
 
 def _build(source: str) -> Path:

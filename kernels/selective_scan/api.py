@@ -18,7 +18,7 @@ _SCANS = {
     "pallas_tpu": late("pallas_tpu"),
     "triton": triton_gpu.scan,
 }
-_AUTO = {"cpu": "cpp", "gpu": "triton", "tpu": "pallas_tpu"}
+_AUTO = {"cpu": cpp_cpu.SOURCE.default, "gpu": "triton", "tpu": "pallas_tpu"}
 _FEW = 8  # tokens below which "auto" is xla anywhere: a kernel's launch and tiles are made for more, as decoding is not
 
 
@@ -34,8 +34,6 @@ def select_backend(backend: str, *, state: int | None = None, dtype: jnp.dtype |
       BackendUnavailable: the backend named cannot run here, a package is missing, or it cannot do such a call.
     """
     name = resolve_backend(backend, _SCANS, _AUTO)
-    if name == "cpp" and backend == "auto" and not cpp_cpu.available():
-        return "xla"
     if reason := _refusal(name, state, dtype):
         if backend == "auto":
             return "xla"
@@ -52,7 +50,7 @@ def _refusal(name: str, state: int | None, dtype: jnp.dtype | None) -> str | Non
     if name == "pallas_tpu" and dtype == jnp.float64 and not is_interpreted():
         return "TPUs have no float64"
     if name == "cpp":
-        return cpp_cpu.missing()
+        return cpp_cpu.SOURCE.missing()
     return None
 
 

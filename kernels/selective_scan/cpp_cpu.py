@@ -15,8 +15,7 @@ from lcx_kernels.residuals import named
 from lcx_kernels.selective_scan.arguments import Arguments
 from lcx_kernels.varying import vary_alike, vary_as
 
-SOURCE = ("selective_scan/cpp_kernels.cc", ("lcx_selective_scan_forward", "lcx_selective_scan_backward"))
-missing, available = functools.partial(cpp.missing, *SOURCE), functools.partial(cpp.available, *SOURCE)
+SOURCE = cpp.Source("selective_scan/cpp_kernels.cc", ("lcx_selective_scan_forward", "lcx_selective_scan_backward"))
 
 # Tokens between two states that are kept. A chunk's states and decays, recomputed, should stay in a core's cache.
 _CHUNK_SIZE = 32

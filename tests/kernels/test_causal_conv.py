@@ -206,6 +206,10 @@ class TestXla(ConvTests):
     backend = "xla"
 
 
+class TestCpp(ConvTests):
+    backend = "cpp"
+
+
 class TestPallasTpu(ConvTests):
     """The kernel's arithmetic, interpreted on CPU; tests/aot has it compiled for TPU."""
 
