@@ -361,6 +361,44 @@ class TestXla(AttentionTests):
 class TestCpp(AttentionTests):
     backend = "cpp"
 
+    @pytest.mark.parametrize("heads", [1, 6])
+    @pytest.mark.parametrize("options", ["causal", "window", "documents"])
+    def test_several_blocks(self, options, heads):
+        """Blocks of 64 rows and 128 keys: some hidden, some seen by all, the last ones ragged."""
+        time, before = 290, 33
+        numbers = np.repeat([1, 2, 3], [100, 15, time + before - 115]).astype(np.int32)[None].repeat(2, axis=0)
+        documents = {"segment_ids": (jnp.asarray(numbers[:, before:]), jnp.asarray(numbers)), "softcap": 3.0}
+        chosen = {"causal": {}, "window": {"window": 140}, "documents": documents}[options]
+        with jax.enable_x64(True):
+            *arrays, d_out, d_log_sum_exp = draw(5, 2, time, time + before, heads, max(1, heads // 3), 24, 16)
+            found = [
+                results_and_gradients(
+                    functools.partial(self.run, backend=backend, offset=before, **chosen),
+                    arrays,
+                    (d_out, d_log_sum_exp),
+                )
+                for backend in ("cpp", "xla")
+            ]
+        assert_close(*found, 1e-11)
+
+    @staticmethod
+    def run(q, k, v, sinks, **options):
+        return attention(q, k, v, sinks=sinks, **options)
+
+    def test_one_token_over_several_blocks(self):
+        """As in decoding: each row by itself, over a cache of which a part is held."""
+        with jax.enable_x64(True):
+            *arrays, d_out, d_log_sum_exp = draw(6, 2, 1, 300, 4, 2, 16, 8)
+            index = jnp.tile(jnp.arange(300, dtype=jnp.int32), (2, 1))
+            options = {"positions": (jnp.asarray([[257], [31]], jnp.int32), index)}
+            found = [
+                results_and_gradients(
+                    functools.partial(self.run, backend=backend, **options), arrays, (d_out, d_log_sum_exp)
+                )
+                for backend in ("cpp", "reference")
+            ]
+        assert_close(*found, 1e-12)
+
 
 def test_sinks_have_the_right_gradient_where_they_weigh_little():
     """Over many keys a sink's share is small; its derivative is as exact as any."""
