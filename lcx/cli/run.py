@@ -47,6 +47,7 @@ def run(config: Config | Mapping[str, Any], workdir: str, deadline: float | None
     with opened(Config.from_dict(config), workdir, deadline) as made:
         state = fit(made.programs, made.around)
         program = program_at(made.programs, int(state.data_index) - 1)  # of the last step
+        made.in_loop.run(program, state)
         return finish(program, made.corpus, made.folder, made.heldout, state)
 
 
@@ -59,6 +60,7 @@ class Opened:
     corpus: data.Corpus
     folder: Workdir
     heldout: "HeldOut"
+    in_loop: "InLoop"
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def opened(config: Config, workdir: str, deadline: float | None = None) -> Itera
         if deadline is not None:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs[0].abstract))
             stop_at(deadline, lambda: checkpoints.seconds_to_save(size) + around.watchdog.slowest_step)
-        yield Opened(programs, around, corpus, folder, heldout)
+        yield Opened(programs, around, corpus, folder, heldout, in_loop)
 
 
 def report(config: Config, folder: Workdir, step: int) -> Telemetry | Silence:

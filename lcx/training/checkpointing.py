@@ -331,7 +331,8 @@ class ParameterReader:
           step: which one.
           shapes: the parameters' tree, with a shape and a dtype in each leaf.
 
-        Raises UserError where there is no such checkpoint, where it is damaged, or of another model.
+        Raises UserError where there is no such checkpoint, where it is damaged, or of another model; when it is read,
+        also where it was removed meanwhile.
         """
         folder = _absolute(folder)
         check_whole(folder, step)
@@ -344,8 +345,13 @@ class ParameterReader:
         name = ".".join(["params", *path.split("/")])
         base = self._base if "://" in self._base else f"file://{self._base}"
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-        found = (array if index is None else array[index]).read().result()
+        try:
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+            found = (array if index is None else array[index]).read().result()
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{path} of checkpoint {self._base} cannot be read: it was removed meanwhile, or is damaged."
+            ) from error
         return np.asarray(found).astype(self._shapes[path].dtype, copy=False)
 
 

@@ -24,7 +24,7 @@ RUN = [
     "--config.model.mixers.swa.num_heads=2",
     "--config.model.mixers.swa.num_kv_heads=2",
     "--config.model.mixers.swa.window=8",
-    "--config.train.steps=4",
+    "--config.train.steps=5",
     "--config.checkpoint.every=2",
     "--config.evaluation.max_rows=8",
     "--config.evaluation.every=2",
@@ -46,7 +46,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory) -> Path:
-    """The workdir of a run of four steps, evaluated in the loop on eight devices."""
+    """The workdir of a run of five steps on eight devices, evaluated after every second one and after the last."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", *RUN, f"--config.data.sources[0].path={corpus}", f"--workdir={workdir}"]) == 0
     return workdir
@@ -63,12 +63,13 @@ def evaluate(run: Path, *flags: str) -> int:
 @pytest.mark.slow
 def test_suites_run_inside_training(run):
     found = read(run / "evaluation" / "perplexity.json")
-    assert found["format_version"] == 1 and found["step"] == 4 and found["options"] == {"lengths": [32, 64], "whole": 0}
-    assert [past["step"] for past in found["history"]] == [2, 4]
-    assert found["history"][1]["scalars"] == found["scalars"] and 0 < found["scalars"]["bits_at_64"] < 9
+    assert found["format_version"] == 1 and found["step"] == 5 and found["options"] == {"lengths": [32, 64], "whole": 0}
+    assert [past["step"] for past in found["history"]] == [2, 4, 5]
+    assert found["history"][2]["scalars"] == found["scalars"] and 0 < found["scalars"]["bits_at_64"] < 9
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {line["step"]: line.get("perplexity/bits_at_32") for line in lines}
-    assert logged[4] == found["scalars"]["bits_at_32"] and logged[2] == found["history"][0]["scalars"]["bits_at_32"]
+    for past in found["history"][:2]:
+        assert logged[past["step"]] == past["scalars"]["bits_at_32"]
     assert (run / "evaluation" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     events = b"".join(path.read_bytes() for path in (run / "tensorboard" / "evaluation").iterdir())
     assert b"perplexity/bits_at_64" in events and b"perplexity/bits_by_position" in events
@@ -86,10 +87,10 @@ def test_a_checkpoint_gives_what_the_loop_gave(run, tmp_path):
 @pytest.mark.slow
 def test_following_ends_with_the_run_and_an_older_step_joins_the_history(run, tmp_path, capsys):
     assert evaluate(run, "--follow", f"--out={tmp_path}") == 0
-    assert "step 4" in capsys.readouterr().out
+    assert "step 5" in capsys.readouterr().out
     assert evaluate(run, "--step=2", f"--out={tmp_path}") == 0
     found = read(tmp_path / "perplexity.json")
-    assert found["step"] == 4 and [past["step"] for past in found["history"]] == [2, 4]
+    assert found["step"] == 5 and [past["step"] for past in found["history"]] == [2, 5]
     assert found["scalars"] == found["history"][1]["scalars"] != found["history"][0]["scalars"]
 
 
@@ -118,8 +119,8 @@ def test_an_export_gives_what_its_run_gave(run, corpus, tmp_path):
     assert evaluate(run, "--suite=perplexity", *flags, f"--out={out}") == 0
     assert evaluate(exported, "--suite=perplexity,passkey", *flags) == 0
     found, expected = read(exported / "evaluation" / "perplexity.json"), read(out / "perplexity.json")
-    assert found["step"] == 4 and found["scalars"] == pytest.approx(expected["scalars"], abs=1e-5)
-    assert read(exported / "evaluation" / "passkey.json")["scalars"]["accuracy"] == 0  # nobody learns it in four steps
+    assert found["step"] == 5 and found["scalars"] == pytest.approx(expected["scalars"], abs=1e-5)
+    assert read(exported / "evaluation" / "passkey.json")["scalars"]["accuracy"] == 0  # nobody learns it in five steps
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_runs_are_compared_on_one_page(run, tmp_path):
         (["--set=model.d_model=32"], "--set makes a model with other parameters (embedding/table is [256, 16]"),
         (["--set=model.mixers.swa.windw=2"], 'did you mean "window"?'),
         (["--set=model.norm_eps"], "needs a value: --set model.norm_eps=VALUE."),
-        (["--step=3"], "has no checkpoint of step 3; there are: 2, 4."),
+        (["--step=3"], "has no checkpoint of step 3; there are: 2, 4, 5."),
         (["--cache=h2o:budget=8"], "no layer of this model has full attention"),
         (["--follow", "--step=2"], "leave out --step"),
         (["--set=evaluation.options.perplexity.lengths=[9999]"], "no document has more than 9999 tokens"),

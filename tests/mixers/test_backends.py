@@ -21,7 +21,7 @@ OPTIONS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5, "sink_tokens": 1, "sink": "logit"},
     "infini": {"num_heads": 4, "num_kv_heads": 2, "segment_length": 4, "update": "segment_delta"},
 }
-CASES = [(name, "reference") for name in OPTIONS] + [("mamba", "pallas_tpu")]
+CASES = [(name, "reference") for name in OPTIONS] + [("mamba", "pallas_tpu"), ("mamba", "cpp"), ("attention", "cpp")]
 
 
 @functools.cache

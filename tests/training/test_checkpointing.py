@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcx.errors import UserError
 from lcx.files import write_json
-from lcx.training.checkpointing import Checkpoints, read_newest
+from lcx.training.checkpointing import Checkpoints, ParameterReader, read_newest
 
 
 @jax.tree_util.register_dataclass
@@ -410,3 +410,14 @@ def test_kill_between_any_two_acts_of_a_commit(folder):
         "half set aside",
     ]
     live_and_die(folder, seed=1, points=points)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_named(saved, folder):
+    shutil.copytree(saved, folder)
+    state = make_state()
+    shapes = {"layer": state.params["layer"], "embedding": state.params["embedding"]}
+    read = ParameterReader(folder, 1, shapes)
+    np.testing.assert_array_equal(read("layer/w"), state.params["layer"]["w"])
+    shutil.rmtree(folder / "1")
+    with pytest.raises(UserError, match=r"embedding of checkpoint .*checkpoints/1 cannot be read: it was removed"):
+        read("embedding")
