@@ -30,6 +30,23 @@ class Embedding(nnx.Module):
         return 2 * math.prod(self.table.shape) * tokens
 
 
+@jax.custom_vjp
 def score(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    """hidden [..., d_model] times each row of a table [vocab_size, d_model]: [..., vocab_size], at least float32."""
+    """hidden [..., d_model] times each row of a table [vocab_size, d_model]: [..., vocab_size], at least float32.
+
+    The gradient is rounded to hidden's dtype before it meets hidden and the table: these products are most of what the
+    loss costs, and in float32 they would take several times as long on accelerators.
+    """
     return contract(hidden, table.T, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+
+
+def _score_forward(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return score(hidden, table), (hidden, table)
+
+
+def _score_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(lambda hidden, table: contract(hidden, table.T), *operands)
+    return pull(gradient.astype(operands[0].dtype))
+
+
+score.defvjp(_score_forward, _score_backward)

@@ -205,6 +205,18 @@ def test_chunks_of_the_loss_are_the_whole_loss(chunk_size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_products_of_the_loss_are_of_the_compute_dtype():
+    """In bfloat16 the scores' gradient is float32, and so would be both products that it enters."""
+    hidden, table = jnp.zeros((2, 8, 16), jnp.bfloat16), jnp.zeros((32, 16), jnp.float32)
+    loss = lambda *arrays: token_losses(*arrays, jnp.zeros((2, 8), jnp.int32), 4)[0].sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(table, hidden).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3  # scores and two gradients
+    for line in products:
+        operands = line[line.rindex(": (") :].split("->")[0]
+        assert operands.count("bf16>") == 2, line
+
+
 def test_the_hash_sees_every_integer_of_a_batch(batch):
     find = jax.jit(batch_hash)
     reference = int(find(batch))
