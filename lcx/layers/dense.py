@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx.parallel.sharding import ambient_mesh
+from lcx.parallel.sharding import ambient_mesh, flatten_tokens
 from lcx.params import Initializer, param
 
 
@@ -44,7 +44,8 @@ def contract(x: jax.Array, weight: jax.Array, count: int = 1, dtype: Any = None)
     """Contracts x's last `count` axes with the weight's first ones, in x's dtype.
 
     On one device this is a product of two matrices: XLA's code for the gradient of a weight is several times slower
-    with more axes. On a mesh the axes stay apart, since each is sharded by itself.
+    with more axes, and copies what it contracts. On a mesh the features' axes stay apart, since each is sharded by
+    itself; a device's tokens are one axis there too.
 
     Args:
       x: [batch, time, *inputs].
@@ -55,8 +56,9 @@ def contract(x: jax.Array, weight: jax.Array, count: int = 1, dtype: Any = None)
     Returns: [batch, time, *outputs].
     """
     weight = weight.astype(x.dtype)
+    tokens, apart = flatten_tokens(x, x.ndim - count)
     if ambient_mesh():
-        return jnp.tensordot(x, weight, count, preferred_element_type=dtype)
-    inputs = math.prod(weight.shape[:count])
-    y = jnp.matmul(x.reshape(-1, inputs), weight.reshape(inputs, -1), preferred_element_type=dtype)
-    return y.reshape(*x.shape[: x.ndim - count], *weight.shape[count:])
+        return apart(jnp.tensordot(tokens, weight, count, preferred_element_type=dtype))
+    inputs, outputs = math.prod(weight.shape[:count]), weight.shape[count:]
+    y = jnp.matmul(tokens.reshape(-1, inputs), weight.reshape(inputs, -1), preferred_element_type=dtype)
+    return apart(y.reshape(-1, *outputs))

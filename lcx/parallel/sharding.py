@@ -2,7 +2,8 @@
 
 import contextlib
 import contextvars
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -146,6 +147,31 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, axes, mesh))
+
+
+def flatten_tokens(x: jax.Array, leading: int = 2) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """An activation's axes of tokens as one, and the function that takes an array apart into them again.
+
+    Each device flattens its own part, so that nothing is sent, and the order of tokens is that of the devices: this is
+    for what is done to each token by itself, or summed over all.
+
+    Args:
+      x: [batch, time, ...], or [batch, ...].
+      leading: how many of its axes are of tokens.
+
+    Returns: (x as [tokens, ...], a function from [tokens, ...] to [batch, time, ...]).
+    """
+    mesh, shape = ambient_mesh(), x.shape[:leading]
+    merge = lambda array: array.reshape(-1, *array.shape[leading:])  # noqa: E731
+    part = lambda sizes: lambda array: array.reshape(*sizes, *array.shape[1:])  # noqa: E731
+    cut = () if mesh is None else divisible_spec(shape, ("batch", "time")[:leading], mesh)
+    places = [name for axes in cut for name in ((axes,) if isinstance(axes, str) else axes or ())]
+    if mesh is None or set(places) <= set(mesh.manual_axes):  # nothing is cut, or x is a device's part already
+        return merge(x), part(shape)
+    own = [size // shards(axes, mesh) for size, axes in zip(shape, cut, strict=True)]
+    local = partial(jax.shard_map, mesh=mesh, axis_names=set(places))
+    flat = PartitionSpec(tuple(places))
+    return local(merge, in_specs=cut, out_specs=flat)(x), local(part(own), in_specs=flat, out_specs=cut)
 
 
 def divisible_spec(

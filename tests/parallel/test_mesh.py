@@ -1,14 +1,17 @@
 """Meshes over slices, and rules that a config changes."""
 
+import re
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.config import Config, MeshConfig
 from lcx.errors import UserError
 from lcx.parallel.mesh import abstract_mesh, make_mesh
-from lcx.parallel.sharding import constrain, on_mesh, rules_of
+from lcx.parallel.sharding import constrain, flatten_tokens, on_mesh, rules_of
 from lcx.training.trainer import make_program
 
 
@@ -97,3 +100,22 @@ def test_rules_that_cannot_be(mesh, sentence):
 
 def test_a_users_axis_may_be_cut():
     assert rules_of(MeshConfig(parameter_rules={"experts": "tensor"}), {"experts"}).parameters["experts"] == ("tensor",)
+
+
+def test_flat_tokens_stay_on_their_devices():
+    """They come apart into what they were, with no exchange, whatever cuts the features."""
+    mesh = make_mesh(MeshConfig(data=2, seq=2, tensor=2), jax.devices()[:8])
+    x = np.arange(4 * 6 * 8.0).reshape(4, 6, 8)
+
+    @jax.jit
+    def there_and_back(x):
+        tokens, apart = flatten_tokens(constrain(x, ("batch", "time", "heads")))
+        return tokens, apart(2 * tokens)
+
+    with on_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "seq", "tensor")))
+        tokens, doubled = there_and_back(x)
+        program = there_and_back.lower(x).compile().as_text()
+    assert not re.search(r" (all-\w+|collective-permute|reduce-scatter)\(", program)
+    np.testing.assert_array_equal(doubled, 2 * np.asarray(x))
+    assert sorted(map(tuple, np.asarray(tokens))) == sorted(map(tuple, np.asarray(x).reshape(24, 8)))
