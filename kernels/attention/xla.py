@@ -83,13 +83,16 @@ def _forward(plan: Plan, q, k, v, queries: Queries, keys: Keys):
     time, kv_heads = q.shape[1], k.shape[2]
     if time * kv_heads <= FEW:
         return _forward_few(plan, q, k, v, queries, keys)
-    q, queries, keys, unseen = _together(q, queries, keys, jnp.float32(-jnp.inf))
-    rows = _pad((q, queries), plan.chunk_size)
+    # One for each query, taken block by block like these: of a lone number that is known before a run's loop, XLA makes
+    # a block of scores before the loop, and keeps those of all runs at once.
+    unseen = jnp.full((1, time), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+    q, queries, keys, unseen = _together(q, queries, keys, unseen)
+    rows = _pad((q, queries, unseen), plan.chunk_size)
     k, v = _heads_first(k), _heads_first(v)
 
     def block(_, number_and_start, extent):
         number, start = number_and_start
-        q_block, queries_block = _take(rows, number, plan.chunk_size)
+        q_block, queries_block, unseen = _take(rows, number, plan.chunk_size)
         k_part, v_part, keys_part = _slice_keys((k, v, keys), start, extent)
         q_block = _split_heads(q_block, kv_heads) * plan.scale
         out, log_sum_exp = _forward_block(q_block, k_part, v_part, queries_block, keys_part, unseen, plan.softcap)
@@ -156,13 +159,16 @@ def _together(*arrays):
 
 
 def _forward_block(q, k, v, queries: Queries, keys: Keys, unseen, softcap: float | None):
-    """From q [batch, n, g, c, K], k [batch, n, s, K], v [batch, n, s, V] to out [..., c, V], log_sum_exp [..., c]."""
+    """From q [batch, n, g, c, K], k [batch, n, s, K], v [batch, n, s, V] to out [..., c, V], log_sum_exp [..., c].
+
+    unseen: [1, c], the score of what a query does not see, -inf.
+    """
     mask = visible(
         jax.tree.map(lambda x: x[:, None, None, :, None], queries),
         jax.tree.map(lambda x: x[:, None, None, None, :], keys),
     )
     scores = _cap(jnp.einsum("bngck,bnsk->bngcs", q, k), softcap)
-    scores = jnp.where(mask, scores, unseen.astype(scores.dtype))
+    scores = jnp.where(mask, scores, unseen[:, None, None, :, None])
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
     weights = jnp.exp(scores - maximum)
