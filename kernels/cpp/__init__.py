@@ -103,7 +103,7 @@ def _cache() -> Path:
 def _fingerprint(path: Path, compiler: str) -> str:
     """Of all that the machine code depends on: sources, flags, compiler, XLA's interface and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [version, " ".join(_FLAGS), jax.__version__, platform.machine(), _processor()]
+    parts = [compiler, version, " ".join(_FLAGS), jax.__version__, platform.machine(), _processor()]
     sources = [path, *sorted(_SHARED.glob("*.h"))]
     return hashlib.sha256("\0".join([*parts, *(file.read_text() for file in sources)]).encode()).hexdigest()[:16]
 
