@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +60,21 @@ def _warn_once(reason: str) -> None:
 def _outcome(source: Source) -> str | None:
     """None once the handlers are registered, or what is in the way; asked once in a process."""
     try:
-        library = ctypes.cdll.LoadLibrary(str(_build(source.path)))
+        begun = _begin_all().get(source.path)
+        library = ctypes.cdll.LoadLibrary(str(begun.result() if begun else _build(source.path)))
     except (BackendUnavailable, OSError) as error:
         return str(error)
     for name in source.handlers:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
+
+
+@functools.cache
+def _begin_all() -> dict[str, Future]:
+    """The libraries of all sources of this package, side by side: a model that needs one mostly needs others soon."""
+    paths = sorted(path.relative_to(_SHARED.parent).as_posix() for path in _SHARED.parent.glob("*/*.cc"))
+    threads = ThreadPoolExecutor(max_workers=len(paths))
+    return {path: threads.submit(_build, path) for path in paths}
 
 
 def _build(source: str) -> Path:

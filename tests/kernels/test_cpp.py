@@ -15,7 +15,7 @@ def fresh(monkeypatch, tmp_path):
     """A process that has asked for no kernel yet, of a user whose cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    memories = (cpp._outcome, cpp._warn_once)
+    memories = (cpp._begin_all, cpp._outcome, cpp._warn_once)
     for memory in memories:
         memory.cache_clear()
     yield monkeypatch
