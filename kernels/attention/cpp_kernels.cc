@@ -110,8 +110,6 @@ struct Head {
 // A block of rows: what they see, and their arrays with the rows along the lanes.
 template <typename T>
 struct Rows {
-  static constexpr int kVectors = kRows / Lanes<T>::count;
-
   const Shape& shape;
   const Head<T> head;
   const Sight& sight;
@@ -132,8 +130,7 @@ struct Rows {
   void lay_across(const T* from, int64_t width, T factor, T* to) const {
     for (int64_t i = 0; i < kRows; ++i) {
       const T* row = from + head.row(begin + std::min(i, count - 1), width);
-      const T used = i < count ? factor : T(0);
-      for (int64_t k = 0; k < width; ++k) to[k * kRows + i] = i < count ? used * row[k] : T(0);
+      for (int64_t k = 0; k < width; ++k) to[k * kRows + i] = i < count ? factor * row[k] : T(0);
     }
   }
   // [kRows, width] likewise.
