@@ -82,6 +82,17 @@ inline T total(Vector<T> vector) {
   return lanes[0];
 }
 
+#ifdef __AVX512F__  // the same halves, which compilers do not find by themselves
+template <>
+inline float total<float>(Vector<float> vector) {
+  return _mm512_reduce_add_ps(vector);
+}
+template <>
+inline double total<double>(Vector<double> vector) {
+  return _mm512_reduce_add_pd(vector);
+}
+#endif
+
 constexpr double kLog2E = 1.4426950408889634074;
 
 // 2^x: the nearest integer goes into the exponent's bits. It is exactly 0 where it would not be a normal number.
