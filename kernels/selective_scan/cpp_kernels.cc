@@ -66,8 +66,12 @@ struct Place {
       for (int lane = 0; lane < count; ++lane) to[(first + lane) * shape.state + n] = from[n][lane];
     }
   }
+  // Brings a token of an array into the caches, to be read or to be written: no hardware foresees steps of a row.
   void fetch(const T* array, int64_t token) const {
     if (token >= 0 && token < shape.time) __builtin_prefetch(array + channel(token));
+  }
+  void claim(T* array, int64_t token) const {
+    if (token >= 0 && token < shape.time) __builtin_prefetch(array + channel(token), 1);
   }
 };
 
@@ -107,6 +111,7 @@ void forward_block(const Shape& shape, const Inputs<T>& in, int64_t row, int64_t
     place.fetch(in.x, t + kAhead);
     place.fetch(in.dt, t + kAhead);
     if (shape.has_gate) place.fetch(in.z, t + kAhead);
+    if (shape.has_output) place.claim(y, t + kAhead);
     if (shape.has_reset && in.reset[row * shape.time + t]) std::fill(h, h + state, Vector<T>{});
     const Vector<T> x = load<T>(in.x + place.channel(t), place.count);
     const Vector<T> dt = steps(load<T>(in.dt + place.channel(t), place.count)), written = dt * x;
@@ -249,7 +254,9 @@ struct BackwardGroup {
       place.fetch(in.x, t - shape.chunk);
       place.fetch(in.dt, t - shape.chunk);
       if (shape.has_output) place.fetch(dy, t - shape.chunk);
-      if (shape.has_gate) place.fetch(in.z, t - shape.chunk);
+      if (shape.has_gate) place.fetch(in.z, t - shape.chunk), place.claim(out.z, t - shape.chunk);
+      place.claim(out.x, t - shape.chunk);
+      place.claim(out.dt, t - shape.chunk);
       const T* B = in.B + place.shared(t);
       const T* C = in.C + (shape.has_output ? place.shared(t) : 0);
       const Vector<T>*found = this->found + i * state, *decay = this->decay + i * state;
