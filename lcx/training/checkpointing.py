@@ -419,7 +419,12 @@ def data_index_of(folder: epath.Path, step: int) -> int:
 def _check_model(folder: epath.Path, step: int, abstract: Tree, partial: bool) -> None:
     """Raises UserError where a checkpoint does not hold what `abstract` describes, or more, unless `partial`."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = ocp.tree.to_flat_dict(reader.metadata(folder / str(step)).item_metadata.tree)
+        metadata = reader.metadata(folder / str(step)).item_metadata
+    if metadata is None:
+        raise UserError(
+            f"the checkpoint of step {step} in {folder} has no metadata: it was removed meanwhile, or is damaged."
+        )
+    saved = ocp.tree.to_flat_dict(metadata.tree)
     wanted = ocp.tree.to_flat_dict(jax.tree.map(_stored, abstract))
     unwanted = [] if partial else [name for name in saved if name not in wanted]
     for name in [*wanted, *unwanted]:  # orbax would restore float32 as int32 without a word

@@ -101,12 +101,12 @@ def test_following_a_run_that_goes_on(corpus, tmp_path):
     source = f"--config.data.sources[0].path={corpus}"
     begin = lambda verb, *flags: subprocess.Popen([sys.executable, f"scripts/{verb}.py", *flags])  # noqa: E731
     with begin("evaluate", f"--workdir={workdir}", "--follow", f"--out={out}") as following:
-        trained = [*RUN, source, "--config.train.steps=40", "--config.evaluation.every=0", f"--workdir={workdir}"]
+        trained = [*RUN, source, "--config.train.steps=600", "--config.evaluation.every=0", f"--workdir={workdir}"]
         with begin("train", *trained) as training:
             assert training.wait(timeout=600) == 0
         assert following.wait(timeout=600) == 0
     steps = [past["step"] for past in read(out / "perplexity.json")["history"]]
-    assert len(steps) > 1 and steps[-1] == 40 and all(step % 2 == 0 for step in steps)
+    assert len(steps) > 1 and steps[-1] == 600 and all(step % 2 == 0 for step in steps)
 
 
 @pytest.mark.slow

@@ -192,7 +192,8 @@ def test_a_named_backend_says_what_it_cannot_do(backend, options, words, monkeyp
         ("gpu", 2, {}, "xla"),
         ("tpu", 256, {"window": 9}, "pallas_tpu"),
         ("tpu", 2, {}, "xla"),
-        ("cpu", 200, {}, "xla"),
+        ("cpu", 200, {}, "cpp"),
+        ("cpu", 2, {}, "cpp"),
     ],
 )
 def test_auto_takes_the_first_that_can(platform, time, options, chosen, monkeypatch):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcx.errors import UserError
 from lcx.files import write_json
+from lcx.training import checkpointing
 from lcx.training.checkpointing import Checkpoints, ParameterReader, read_newest
 
 
@@ -305,6 +306,7 @@ import json, os, random, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
 import lcx.files
 from lcx.training import checkpointing
+from lcx.training import checkpointing
 from lcx.training.checkpointing import Checkpoints
 
 folder, seed, points = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -421,3 +423,10 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_named(saved, folder):
     shutil.rmtree(folder / "1")
     with pytest.raises(UserError, match=r"embedding of checkpoint .*checkpoints/1 cannot be read: it was removed"):
         read("embedding")
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_opened_is_named(saved, folder, monkeypatch):
+    shutil.copytree(saved, folder)
+    monkeypatch.setattr(checkpointing, "check_whole", lambda folder, step: shutil.rmtree(folder / str(step)))
+    with pytest.raises(UserError, match=r"the checkpoint of step 1 in .*checkpoints has no metadata: it was removed"):
+        ParameterReader(folder, 1, make_state().params)
