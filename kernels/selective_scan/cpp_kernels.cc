@@ -1,8 +1,8 @@
 // The selective scan for CPUs, forward and backward; `cpp_cpu` says what is computed and calls it.
 //
 // A vector holds neighbouring channels, one state of a channel is one vector, and all states of a vector of channels
-// stay in the nearest cache while time goes by. A is held times log2(e), since powers of two are cheaper. The backward pass computes the states of a chunk again from the one
-// that the forward pass kept, then walks back through them.
+// stay in the nearest cache while time goes by. A is held times log2(e), since powers of two are cheaper. The backward
+// pass computes the states of a chunk again from the one that the forward pass kept, then walks back through them.
 
 #include <algorithm>
 #include <vector>
