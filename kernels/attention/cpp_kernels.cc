@@ -10,10 +10,10 @@
 #include <limits>
 #include <vector>
 
+#include "handler.h"
 #include "parallel.h"
 #include "products.h"
 #include "vector.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -353,27 +353,26 @@ void backward_rows(const Shape& shape, const Arrays<T>& in, const Cotangents<T>&
   rows.put_back(dq, width, factors, out.q);
 }
 
-Shape shape_of(ffi::RemainingArgs& arguments, double scale, double softcap) {
-  const auto q = arguments.get<ffi::AnyBuffer>(0)->dimensions(), v = arguments.get<ffi::AnyBuffer>(2)->dimensions();
+Shape shape_of(const lcx::Call& call, double scale, double softcap) {
+  const auto q = call.dimensions(0), v = call.dimensions(2);
   return {q[0], q[1], v[1], q[2], v[2], q[3], v[3], scale, softcap};
 }
 
 template <typename T>
-Arrays<T> arrays_of(ffi::RemainingArgs& arguments) {
-  const auto at = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<T>(); };
-  const auto integers = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<int32_t>(); };
+Arrays<T> arrays_of(const lcx::Call& call) {
+  const auto at = [&](size_t i) { return call.from<T>(i); };
+  const auto integers = [&](size_t i) { return call.from<int32_t>(i); };
   return {at(0), at(1), at(2), {integers(3), integers(4), integers(5), integers(6), integers(7)}};
 }
 
 template <typename T>
-void forward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arguments, ffi::RemainingRets& results) {
-  const Arrays<T> in = arrays_of<T>(arguments);
-  const auto to = [&](size_t i) { return (*results.get<ffi::AnyBuffer>(i))->reinterpret_data<T>(); };
-  const Results<T> out{to(0), to(1)};
+void forward(const lcx::Call& call, const Shape& shape) {
+  const Arrays<T> in = arrays_of<T>(call);
+  const Results<T> out{call.to<T>(0), call.to<T>(1)};
   const std::vector<KeyBlock> blocks = key_blocks(shape, in.sight);
   const bool few = shape.rows() <= kFew;
   const int64_t parts = few ? shape.rows() : shape.row_blocks(), heads = shape.batch * shape.kv_heads;
-  lcx::in_parallel(pool, parts * heads, [&](int64_t task) {
+  lcx::in_parallel(call.pool, parts * heads, [&](int64_t task) {
     const int64_t part = parts - 1 - task / heads;  // the last ones first: causal rows see the more the later
     const Head<T> head{shape, task % heads / shape.kv_heads, task % shape.kv_heads};
     const KeyBlock* of_row = blocks.data() + head.batch * shape.key_blocks();
@@ -382,14 +381,12 @@ void forward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& argu
 }
 
 template <typename T>
-void backward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arguments, ffi::RemainingRets& results) {
-  const Arrays<T> in = arrays_of<T>(arguments);
-  const auto from = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<T>(); };
-  const auto to = [&](size_t i) { return (*results.get<ffi::AnyBuffer>(i))->reinterpret_data<T>(); };
-  const Cotangents<T> given{from(8), from(9), from(10)};
-  const Gradients<T> out{to(0), to(1), to(2)};
+void backward(const lcx::Call& call, const Shape& shape) {
+  const Arrays<T> in = arrays_of<T>(call);
+  const Cotangents<T> given{call.from<T>(8), call.from<T>(9), call.from<T>(10)};
+  const Gradients<T> out{call.to<T>(0), call.to<T>(1), call.to<T>(2)};
   const std::vector<KeyBlock> blocks = key_blocks(shape, in.sight);
-  lcx::in_parallel(pool, shape.batch * shape.kv_heads, [&](int64_t task) {
+  lcx::in_parallel(call.pool, shape.batch * shape.kv_heads, [&](int64_t task) {
     const Head<T> head{shape, task / shape.kv_heads, task % shape.kv_heads};
     for (int64_t j = 0; j < shape.keys; ++j) {
       std::fill_n(out.k + head.key(j, shape.width), shape.width, T(0));
@@ -405,34 +402,22 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arg
 
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, double scale,
                        double softcap) {
-  const Shape shape = shape_of(arguments, scale, softcap);
-  const bool wide = arguments.get<ffi::AnyBuffer>(0)->element_type() == ffi::F64;
-  (wide ? forward<double> : forward<float>)(pool, shape, arguments, results);
-  return ffi::Error::Success();
+  const lcx::Call call{pool, arguments, results};
+  const Shape shape = shape_of(call, scale, softcap);
+  return call.by_dtype([&](auto zero) { forward<decltype(zero)>(call, shape); });
 }
 
 ffi::Error run_backward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, double scale,
                         double softcap) {
-  const Shape shape = shape_of(arguments, scale, softcap);
-  const bool wide = arguments.get<ffi::AnyBuffer>(0)->element_type() == ffi::F64;
-  (wide ? backward<double> : backward<float>)(pool, shape, arguments, results);
-  return ffi::Error::Success();
+  const lcx::Call call{pool, arguments, results};
+  const Shape shape = shape_of(call, scale, softcap);
+  return call.by_dtype([&](auto zero) { backward<decltype(zero)>(call, shape); });
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_attention_forward, run_forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<double>("scale")
-                                  .Attr<double>("softcap"));
+                              lcx::binding().Attr<double>("scale").Attr<double>("softcap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_attention_backward, run_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<double>("scale")
-                                  .Attr<double>("softcap"));
+                              lcx::binding().Attr<double>("scale").Attr<double>("softcap"));

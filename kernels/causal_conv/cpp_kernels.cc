@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "handler.h"
 #include "parallel.h"
 #include "vector.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -141,47 +141,33 @@ void backward_group(const Shape& shape, const Inputs<T>& in, const T* dy, int64_
 }
 
 template <typename T>
-void run(ffi::ThreadPool& pool, ffi::RemainingArgs& arguments, ffi::RemainingRets& results, bool silu,
-         bool has_lookback, bool backward) {
-  const auto from = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<T>(); };
-  const auto to = [&](size_t i) { return (*results.get<ffi::AnyBuffer>(i))->reinterpret_data<T>(); };
-  const auto x = arguments.get<ffi::AnyBuffer>(0)->dimensions();
-  const int64_t width = arguments.get<ffi::AnyBuffer>(2)->dimensions().back();
-  const Shape shape{x[0], x[1], x[2], width, silu, has_lookback};
-  const int32_t* lookback = arguments.get<ffi::AnyBuffer>(4)->reinterpret_data<int32_t>();
-  const Inputs<T> in{from(0), from(1), from(2), from(3), lookback};
+void run(const lcx::Call& call, bool silu, bool has_lookback, bool backward) {
+  const auto from = [&](size_t i) { return call.from<T>(i); };
+  const auto to = [&](size_t i) { return call.to<T>(i); };
+  const auto x = call.dimensions(0);
+  const Shape shape{x[0], x[1], x[2], call.dimensions(2).back(), silu, has_lookback};
+  const Inputs<T> in{from(0), from(1), from(2), from(3), call.from<int32_t>(4)};
   const int64_t tasks = shape.batch * shape.groups(Lanes<T>::count);
   if (!backward) {
     T* y = to(0);
-    return lcx::in_parallel(pool, tasks, [&](int64_t task) { forward_group<T>(shape, in, task, y); });
+    return lcx::in_parallel(call.pool, tasks, [&](int64_t task) { forward_group<T>(shape, in, task, y); });
   }
   const T* dy = from(5);
   const Gradients<T> out{to(0), to(1), to(2), to(3)};
-  lcx::in_parallel(pool, tasks, [&](int64_t task) { backward_group<T>(shape, in, dy, task, out); });
+  lcx::in_parallel(call.pool, tasks, [&](int64_t task) { backward_group<T>(shape, in, dy, task, out); });
 }
 
 template <bool kBackward>
 ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, bool silu,
                   bool has_lookback) {
-  const bool wide = arguments.get<ffi::AnyBuffer>(0)->element_type() == ffi::F64;
-  (wide ? run<double> : run<float>)(pool, arguments, results, silu, has_lookback, kBackward);
-  return ffi::Error::Success();
+  const lcx::Call call{pool, arguments, results};
+  return call.by_dtype([&](auto zero) { run<decltype(zero)>(call, silu, has_lookback, kBackward); });
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_causal_conv_forward, handle<false>,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("silu")
-                                  .Attr<bool>("has_lookback"));
+                              lcx::binding().Attr<bool>("silu").Attr<bool>("has_lookback"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_causal_conv_backward, handle<true>,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("silu")
-                                  .Attr<bool>("has_lookback"));
+                              lcx::binding().Attr<bool>("silu").Attr<bool>("has_lookback"));

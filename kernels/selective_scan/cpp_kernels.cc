@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "handler.h"
 #include "parallel.h"
 #include "vector.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -301,43 +301,38 @@ void for_states(int64_t state, const Function& function) {
 }
 
 template <typename T>
-Inputs<T> inputs_of(ffi::RemainingArgs& arguments) {
-  const auto at = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<T>(); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8),
-          arguments.get<ffi::AnyBuffer>(9)->reinterpret_data<bool>()};
+Inputs<T> inputs_of(const lcx::Call& call) {
+  const auto at = [&](size_t i) { return call.from<T>(i); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), call.from<bool>(9)};
 }
 
-Shape shape_of(ffi::RemainingArgs& arguments, int64_t chunk, int64_t given, bool softplus) {
-  const auto x = arguments.get<ffi::AnyBuffer>(0)->dimensions();
-  const int64_t state = arguments.get<ffi::AnyBuffer>(2)->dimensions().back();
+Shape shape_of(const lcx::Call& call, int64_t chunk, int64_t given, bool softplus) {
+  const auto x = call.dimensions(0);
   const auto has = [given](int bit) { return bool(given >> bit & 1); };
-  return {x[0], x[1], x[2], state, chunk, softplus, has(0), has(1), has(2), has(3), has(4)};
+  return {x[0], x[1], x[2], call.dimensions(2).back(), chunk, softplus, has(0), has(1), has(2), has(3), has(4)};
 }
 
 template <typename T>
-void forward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arguments, ffi::RemainingRets& results,
-             bool keep) {
-  const Inputs<T> in = inputs_of<T>(arguments);
-  const auto to = [&](size_t i) { return (*results.get<ffi::AnyBuffer>(i))->reinterpret_data<T>(); };
-  T *y = to(0), *final = to(1), *borders = keep ? to(2) : nullptr;
+void forward(const lcx::Call& call, const Shape& shape, bool keep) {
+  const Inputs<T> in = inputs_of<T>(call);
+  T *y = call.to<T>(0), *final = call.to<T>(1), *borders = keep ? call.to<T>(2) : nullptr;
   const int64_t blocks = shape.blocks(Lanes<T>::count);
   for_states(shape.state, [&](auto known) {
-    lcx::in_parallel(pool, shape.batch * blocks, [&](int64_t task) {
+    lcx::in_parallel(call.pool, shape.batch * blocks, [&](int64_t task) {
       forward_block<T, decltype(known)::value>(shape, in, task / blocks, task % blocks, y, final, borders);
     });
   });
 }
 
 template <typename T>
-void backward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arguments, ffi::RemainingRets& results) {
-  const Inputs<T> in = inputs_of<T>(arguments);
-  const auto from = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i)->reinterpret_data<T>(); };
-  const auto to = [&](size_t i) { return (*results.get<ffi::AnyBuffer>(i))->reinterpret_data<T>(); };
+void backward(const lcx::Call& call, const Shape& shape) {
+  const Inputs<T> in = inputs_of<T>(call);
+  const auto to = [&](size_t i) { return call.to<T>(i); };
   const Gradients<T> out{to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8)};
-  const T *borders = from(10), *dy = from(11), *d_final = from(12);
+  const T *borders = call.from<T>(10), *dy = call.from<T>(11), *d_final = call.from<T>(12);
   const int64_t groups = shape.groups(Lanes<T>::count);
   for_states(shape.state, [&](auto known) {
-    lcx::in_parallel(pool, shape.batch * groups, [&](int64_t task) {
+    lcx::in_parallel(call.pool, shape.batch * groups, [&](int64_t task) {
       BackwardGroup<T, decltype(known)::value>(shape, in, borders, dy, d_final, out, task / groups, task % groups)
           .run();
     });
@@ -346,43 +341,23 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, ffi::RemainingArgs& arg
 
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t chunk,
                        int64_t given, bool softplus, bool keep) {
-  const Shape shape = shape_of(arguments, chunk, given, softplus);
-  if (arguments.get<ffi::AnyBuffer>(0)->element_type() == ffi::F64) {
-    forward<double>(pool, shape, arguments, results, keep);
-  } else {
-    forward<float>(pool, shape, arguments, results, keep);
-  }
-  return ffi::Error::Success();
+  const lcx::Call call{pool, arguments, results};
+  const Shape shape = shape_of(call, chunk, given, softplus);
+  return call.by_dtype([&](auto zero) { forward<decltype(zero)>(call, shape, keep); });
 }
 
 ffi::Error run_backward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t chunk,
                         int64_t given, bool softplus) {
-  const Shape shape = shape_of(arguments, chunk, given, softplus);
-  if (arguments.get<ffi::AnyBuffer>(0)->element_type() == ffi::F64) {
-    backward<double>(pool, shape, arguments, results);
-  } else {
-    backward<float>(pool, shape, arguments, results);
-  }
-  return ffi::Error::Success();
+  const lcx::Call call{pool, arguments, results};
+  const Shape shape = shape_of(call, chunk, given, softplus);
+  return call.by_dtype([&](auto zero) { backward<decltype(zero)>(call, shape); });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_selective_scan_forward, run_forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("given")
-                                  .Attr<bool>("softplus")
-                                  .Attr<bool>("keep"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    lcx_selective_scan_forward, run_forward,
+    lcx::binding().Attr<int64_t>("chunk").Attr<int64_t>("given").Attr<bool>("softplus").Attr<bool>("keep"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_selective_scan_backward, run_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("given")
-                                  .Attr<bool>("softplus"));
+                              lcx::binding().Attr<int64_t>("chunk").Attr<int64_t>("given").Attr<bool>("softplus"));
