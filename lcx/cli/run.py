@@ -147,17 +147,17 @@ class Utilisation:
     """The model FLOPs utilisation of a run at some speed; None where a mixer or the chip's peak is not known."""
 
     def __init__(self):
-        self._flops: dict[int, int | None] = {}  # of a document as long as the rows, by stage
+        # By stage: the FLOPs of a document as long as its rows, and the chip's peak. It takes as long as a line of logs.
+        self._known: dict[int, tuple[int | None, float | None]] = {}
 
     def __call__(self, program: Program, tokens_per_second: float) -> float | None:
-        model = program.blueprint.model(program.blueprint.shapes)
-        peak = peak_flops(program.mesh.devices.flat[0].device_kind, str(model.compute_dtype))
-        if peak is None:
-            return None
         stage, tokens = program.stage.number, program.config.train.sequence_length
-        if stage not in self._flops:
-            self._flops[stage] = model.flops(tokens)
-        return mfu(self._flops[stage], tokens, tokens_per_second, program.mesh.size, peak)
+        if stage not in self._known:
+            model = program.blueprint.model(program.blueprint.shapes)
+            peak = peak_flops(program.mesh.devices.flat[0].device_kind, str(model.compute_dtype))
+            self._known[stage] = model.flops(tokens), peak
+        flops, peak = self._known[stage]
+        return mfu(flops, tokens, tokens_per_second, program.mesh.size, peak)
 
 
 class HeldOut:

@@ -58,6 +58,14 @@ def test_each_stage_has_its_own(known_peak):
     assert used(second, 1e3) > used(first, 1e3) > 0  # longer documents, more pairs a token
 
 
+def test_a_stage_is_counted_once(known_peak, monkeypatch):
+    (program,) = programs()
+    used = run.Utilisation()
+    first = used(program, 1e3)
+    monkeypatch.delattr(type(program.blueprint), "model")  # which costs as much as a line of logs
+    assert used(program, 2e3) == pytest.approx(2 * first)
+
+
 def test_no_peak_no_utilisation():
     (program,) = programs()
     assert run.Utilisation()(program, 1e3) is None
