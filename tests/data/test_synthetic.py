@@ -126,6 +126,18 @@ def test_answers_are_right_and_scored_exactly(name):
         assert score(example, wrong) == (count - 1, count)
 
 
+def test_keys_are_asked_again_only_where_queries_are_more_than_pairs():
+    def asked(queries):
+        tokens = task_of("associative_recall", length=80, pairs=8, queries=queries).example(0).tokens.tolist()
+        values = dict(zip(tokens[0:16:2], tokens[1:16:2], strict=True))
+        places = [place for place in range(16, 80) if tokens[place] in values]
+        assert [tokens[place + 1] for place in places] == [values[tokens[place]] for place in places]
+        return [tokens[place] for place in places]
+
+    assert len(set(asked(8))) == len(asked(8)) == 8
+    assert len(asked(24)) == 24 > len(set(asked(24)))
+
+
 def test_any_word_of_the_language_is_right():
     task = task_of("formal_language")
     example = task.example(3)

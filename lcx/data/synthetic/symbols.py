@@ -23,7 +23,7 @@ class Recall:
     """Keys with values, then keys whose values are asked for."""
 
     pairs: int = limited(8, minimum=1)
-    queries: int = limited(8, minimum=1)
+    queries: int = limited(8, minimum=1)  # each of another key, unless they are more than the pairs
     symbols: int = limited(80, minimum=4, maximum=200)  # half of them keys, half of them values
 
 
@@ -90,14 +90,21 @@ class Hierarchy:
 
 
 def associative_recall(random: np.random.Generator, length: int, options: Recall, _: Tokenizer) -> Layout:
-    """Multi-query associative recall (Arora et al., arXiv 2312.04927): queries lie at random distances."""
+    """Multi-query associative recall (Arora et al., arXiv 2312.04927): queries lie at random distances.
+
+    Where each key is asked once, the values not given yet are good guesses without any recall; keys that come again
+    take that away.
+    """
     half = options.symbols // 2
-    if options.pairs > half or options.queries > options.pairs:
-        raise TooShort("there are not enough symbols for the pairs, or pairs for the queries,")
+    if options.pairs > half:
+        raise TooShort("there are not enough symbols for the pairs")
     keys = SYMBOLS + random.permutation(half)[: options.pairs]
     values = SYMBOLS + half + random.integers(0, half, options.pairs)
     layout = Layout().add(np.stack([keys, values], axis=1).ravel())
-    asked = random.permutation(options.pairs)[: options.queries]
+    if options.queries > options.pairs:
+        asked = random.integers(0, options.pairs, options.queries)
+    else:
+        asked = random.permutation(options.pairs)[: options.queries]
     room = length - len(layout.tokens) - 2 * len(asked)
     if room < 0:
         raise TooShort("there is no room for the pairs and queries")
