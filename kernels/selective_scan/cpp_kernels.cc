@@ -20,17 +20,15 @@ using lcx::load;
 using lcx::store;
 using lcx::Vector;
 
-constexpr int64_t kBlocks = 4;  // vectors of channels that a task of the backward pass has
-constexpr int64_t kAhead = 8;   // tokens that are fetched ahead: a row of channels is far from the next one
-
 // What a call is of; `has_...` tells optional arrays that are there from the fillers of those that are not.
 struct Shape {
   int64_t batch, time, channels, state, chunk;
+  int64_t task_blocks;  // vectors of channels that a task has
   bool softplus, has_output, has_skip, has_gate, has_bias, has_reset;
 
   int64_t chunks() const { return (time + chunk - 1) / chunk; }
   int64_t blocks(int lanes) const { return (channels + lanes - 1) / lanes; }
-  int64_t groups(int lanes) const { return (blocks(lanes) + kBlocks - 1) / kBlocks; }
+  int64_t groups(int lanes) const { return (blocks(lanes) + task_blocks - 1) / task_blocks; }
 };
 
 template <typename T>
@@ -66,13 +64,32 @@ struct Place {
       for (int lane = 0; lane < count; ++lane) to[(first + lane) * shape.state + n] = from[n][lane];
     }
   }
-  // Brings a token of an array into the caches, to be read or to be written: no hardware foresees steps of a row.
-  void fetch(const T* array, int64_t token) const {
-    if (token >= 0 && token < shape.time) __builtin_prefetch(array + channel(token));
+};
+
+// The vectors of a chunk's tokens that a task has, one after the other as they lie in memory. It goes a chunk ahead of
+// the arithmetic, which takes them by channels: steps of a whole row, which no hardware foresees and memory is slow at.
+template <typename T>
+struct Ahead {
+  const Shape& shape;
+  int64_t row, first, last;  // blocks
+  int64_t token = 0, end = 0, block = 0;
+
+  Ahead(const Shape& shape, int64_t row, int64_t first, int64_t last)
+      : shape(shape), row(row), first(first), last(last) {}
+
+  void start(int64_t chunk) {
+    token = chunk * shape.chunk, end = chunk < 0 ? token : std::min(token + shape.chunk, shape.time);
+    block = first;
   }
-  void claim(T* array, int64_t token) const {
-    if (token >= 0 && token < shape.time) __builtin_prefetch(array + channel(token), 1);
+  bool there() const { return token < end; }
+  void fetch(const T* array) const { __builtin_prefetch(array + place()); }
+  void claim(T* array) const { __builtin_prefetch(array + place(), 1); }
+  void next() {
+    if (++block == last) block = first, ++token;
   }
+
+ private:
+  int64_t place() const { return (row * shape.time + token) * shape.channels + block * Lanes<T>::count; }
 };
 
 template <typename T>
@@ -93,48 +110,78 @@ int64_t border(const Shape& shape, int64_t row, int64_t chunk, int64_t block) {
   return ((row * shape.chunks() + chunk) * blocks + block) * shape.state * Lanes<T>::count;
 }
 
-// N is the number of states where it is known to the compiler, or 0.
+// The group's vectors of channels, of one row. N is the number of states where it is known to the compiler, or 0.
 template <typename T, int N>
-void forward_block(const Shape& shape, const Inputs<T>& in, int64_t row, int64_t block, T* y, T* final, T* borders) {
-  const Place<T> place(shape, row, block);
-  const int64_t state = N ? N : shape.state;
-  std::vector<Vector<T>> memory(2 * state);
-  Vector<T>*A = memory.data(), *h = A + state;
-  place.load_states(in.A, A, T(lcx::kLog2E));
-  place.load_states(in.initial + row * shape.channels * state, h);
-  const Steps<T> steps(shape, in, place);
-  const Vector<T> skip = shape.has_skip ? load<T>(in.D + place.first, place.count) : Vector<T>{};
-  for (int64_t t = 0; t < shape.time; ++t) {
-    if (borders && t % shape.chunk == 0) {
-      std::memcpy(borders + border<T>(shape, row, t / shape.chunk, block), h, state * sizeof(Vector<T>));
+struct ForwardGroup {
+  const Shape& shape;
+  const Inputs<T>& in;
+  T *y, *final, *borders;
+  const int64_t row, first, last, state;
+  Ahead<T> ahead;
+  std::vector<Vector<T>> memory;
+  Vector<T> *A, *h;  // [blocks, state]
+
+  ForwardGroup(const Shape& shape, const Inputs<T>& in, T* y, T* final, T* borders, int64_t row, int64_t group)
+      : shape(shape), in(in), y(y), final(final), borders(borders), row(row),
+        first(group * shape.task_blocks), last(std::min(first + shape.task_blocks, shape.blocks(Lanes<T>::count))),
+        state(N ? N : shape.state), ahead(shape, row, first, last), memory(2 * shape.task_blocks * state),
+        A(memory.data()), h(A + shape.task_blocks * state) {}
+
+  void run() {
+    const int64_t plane = shape.channels * state;
+    for (int64_t block = first; block < last; ++block) {
+      const Place<T> place(shape, row, block);
+      place.load_states(in.A, A + (block - first) * state, T(lcx::kLog2E));
+      place.load_states(in.initial + row * plane, h + (block - first) * state);
     }
-    place.fetch(in.x, t + kAhead);
-    place.fetch(in.dt, t + kAhead);
-    if (shape.has_gate) place.fetch(in.z, t + kAhead);
-    if (shape.has_output) place.claim(y, t + kAhead);
-    if (shape.has_reset && in.reset[row * shape.time + t]) std::fill(h, h + state, Vector<T>{});
-    const Vector<T> x = load<T>(in.x + place.channel(t), place.count);
-    const Vector<T> dt = steps(load<T>(in.dt + place.channel(t), place.count)), written = dt * x;
-    const T* B = in.B + place.shared(t);
-    if (!shape.has_output) {
-      for (int64_t n = 0; n < state; ++n) h[n] = lcx::exp2<T>(dt * A[n]) * h[n] + written * B[n];
-      continue;
+    for (int64_t chunk = 0; chunk < shape.chunks(); ++chunk) {
+      ahead.start(chunk + 1);
+      for (int64_t block = first; block < last; ++block) walk(block, chunk);
     }
-    const T* C = in.C + place.shared(t);
-    Vector<T> out{};
-    for (int64_t n = 0; n < state; ++n) {
-      h[n] = lcx::exp2<T>(dt * A[n]) * h[n] + written * B[n];
-      out += h[n] * C[n];
+    for (int64_t block = first; block < last; ++block) {
+      Place<T>(shape, row, block).store_states(final + row * plane, h + (block - first) * state);
     }
-    if (shape.has_skip) out += skip * x;
-    if (shape.has_gate) {
-      const Vector<T> z = load<T>(in.z + place.channel(t), place.count);
-      out *= z * lcx::sigmoid<T>(z);
-    }
-    store<T>(y + place.channel(t), out, place.count);
   }
-  place.store_states(final + row * shape.channels * state, h);
-}
+
+  void walk(int64_t block, int64_t chunk) {
+    const Place<T> place(shape, row, block);
+    const Steps<T> steps(shape, in, place);
+    const Vector<T>* A = this->A + (block - first) * state;
+    Vector<T>* h = this->h + (block - first) * state;
+    const Vector<T> skip = shape.has_skip ? load<T>(in.D + place.first, place.count) : Vector<T>{};
+    if (borders) std::memcpy(borders + border<T>(shape, row, chunk, block), h, state * sizeof(Vector<T>));
+    const int64_t begin = chunk * shape.chunk, end = std::min(begin + shape.chunk, shape.time);
+    for (int64_t t = begin; t < end; ++t) {
+      if (ahead.there()) {
+        ahead.fetch(in.x);
+        ahead.fetch(in.dt);
+        if (shape.has_gate) ahead.fetch(in.z);
+        if (shape.has_output) ahead.claim(y);
+        ahead.next();
+      }
+      if (shape.has_reset && in.reset[row * shape.time + t]) std::fill(h, h + state, Vector<T>{});
+      const Vector<T> x = load<T>(in.x + place.channel(t), place.count);
+      const Vector<T> dt = steps(load<T>(in.dt + place.channel(t), place.count)), written = dt * x;
+      const T* B = in.B + place.shared(t);
+      if (!shape.has_output) {
+        for (int64_t n = 0; n < state; ++n) h[n] = lcx::exp2<T>(dt * A[n]) * h[n] + written * B[n];
+        continue;
+      }
+      const T* C = in.C + place.shared(t);
+      Vector<T> out{};
+      for (int64_t n = 0; n < state; ++n) {
+        h[n] = lcx::exp2<T>(dt * A[n]) * h[n] + written * B[n];
+        out += h[n] * C[n];
+      }
+      if (shape.has_skip) out += skip * x;
+      if (shape.has_gate) {
+        const Vector<T> z = load<T>(in.z + place.channel(t), place.count);
+        out *= z * lcx::sigmoid<T>(z);
+      }
+      store<T>(y + place.channel(t), out, place.count);
+    }
+  }
+};
 
 // Sums over time and over channels are in parts, which are added up outside in a fixed order.
 template <typename T>
@@ -153,6 +200,7 @@ struct BackwardGroup {
   const T *borders, *dy, *d_final;
   const Gradients<T>& out;
   const int64_t row, group, first, last, state;
+  Ahead<T> ahead;
 
   // Of a chunk, [chunk, state] or [chunk]: of the vector at hand, but for the sums of B and C, which are the group's.
   std::vector<Vector<T>> memory;
@@ -163,13 +211,14 @@ struct BackwardGroup {
   BackwardGroup(const Shape& shape, const Inputs<T>& in, const T* borders, const T* dy, const T* d_final,
                 const Gradients<T>& out, int64_t row, int64_t group)
       : shape(shape), in(in), borders(borders), dy(dy), d_final(d_final), out(out), row(row), group(group),
-        first(group * kBlocks), last(std::min(first + kBlocks, shape.blocks(Lanes<T>::count))),
-        state(N ? N : shape.state), memory(4 * shape.chunk * (state + 1) + kBlocks * (3 * state + 2)) {
+        first(group * shape.task_blocks), last(std::min(first + shape.task_blocks, shape.blocks(Lanes<T>::count))),
+        state(N ? N : shape.state), ahead(shape, row, first, last),
+        memory(4 * shape.chunk * (state + 1) + shape.task_blocks * (3 * state + 2)) {
     Vector<T>* next = memory.data();
     for (Vector<T>** array : {&found, &decay, &d_B, &d_C}) *array = next, next += shape.chunk * state;
     for (Vector<T>** array : {&x, &dt, &slope, &d_y}) *array = next, next += shape.chunk;
-    for (Vector<T>** array : {&A, &g, &d_A}) *array = next, next += kBlocks * state;
-    for (Vector<T>** array : {&d_D, &d_bias}) *array = next, next += kBlocks;
+    for (Vector<T>** array : {&A, &g, &d_A}) *array = next, next += shape.task_blocks * state;
+    for (Vector<T>** array : {&d_D, &d_bias}) *array = next, next += shape.task_blocks;
   }
 
   void run() {
@@ -181,6 +230,7 @@ struct BackwardGroup {
     }
     for (int64_t chunk = shape.chunks() - 1; chunk >= 0; --chunk) {
       const int64_t begin = chunk * shape.chunk, end = std::min(begin + shape.chunk, shape.time);
+      ahead.start(chunk - 1);
       std::fill(d_B, d_B + shape.chunk * state, Vector<T>{});
       std::fill(d_C, d_C + shape.chunk * state, Vector<T>{});
       for (int64_t block = first; block < last; ++block) {
@@ -251,12 +301,15 @@ struct BackwardGroup {
     const Vector<T> skip = shape.has_skip ? load<T>(in.D + place.first, place.count) : Vector<T>{};
     for (int64_t t = end - 1; t >= begin; --t) {
       const int64_t i = t - begin;
-      place.fetch(in.x, t - shape.chunk);
-      place.fetch(in.dt, t - shape.chunk);
-      if (shape.has_output) place.fetch(dy, t - shape.chunk);
-      if (shape.has_gate) place.fetch(in.z, t - shape.chunk), place.claim(out.z, t - shape.chunk);
-      place.claim(out.x, t - shape.chunk);
-      place.claim(out.dt, t - shape.chunk);
+      if (ahead.there()) {
+        ahead.fetch(in.x);
+        ahead.fetch(in.dt);
+        if (shape.has_output) ahead.fetch(dy);
+        if (shape.has_gate) ahead.fetch(in.z), ahead.claim(out.z);
+        ahead.claim(out.x);
+        ahead.claim(out.dt);
+        ahead.next();
+      }
       const T* B = in.B + place.shared(t);
       const T* C = in.C + (shape.has_output ? place.shared(t) : 0);
       const Vector<T>*found = this->found + i * state, *decay = this->decay + i * state;
@@ -306,20 +359,21 @@ Inputs<T> inputs_of(const lcx::Call& call) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), call.from<bool>(9)};
 }
 
-Shape shape_of(const lcx::Call& call, int64_t chunk, int64_t given, bool softplus) {
+Shape shape_of(const lcx::Call& call, int64_t chunk, int64_t blocks, int64_t given, bool softplus) {
   const auto x = call.dimensions(0);
   const auto has = [given](int bit) { return bool(given >> bit & 1); };
-  return {x[0], x[1], x[2], call.dimensions(2).back(), chunk, softplus, has(0), has(1), has(2), has(3), has(4)};
+  return {x[0],   x[1],     x[2],   call.dimensions(2).back(), chunk, blocks,
+          softplus, has(0), has(1), has(2), has(3), has(4)};
 }
 
 template <typename T>
 void forward(const lcx::Call& call, const Shape& shape, bool keep) {
   const Inputs<T> in = inputs_of<T>(call);
   T *y = call.to<T>(0), *final = call.to<T>(1), *borders = keep ? call.to<T>(2) : nullptr;
-  const int64_t blocks = shape.blocks(Lanes<T>::count);
+  const int64_t groups = shape.groups(Lanes<T>::count);
   for_states(shape.state, [&](auto known) {
-    lcx::in_parallel(call.pool, shape.batch * blocks, [&](int64_t task) {
-      forward_block<T, decltype(known)::value>(shape, in, task / blocks, task % blocks, y, final, borders);
+    lcx::in_parallel(call.pool, shape.batch * groups, [&](int64_t task) {
+      ForwardGroup<T, decltype(known)::value>(shape, in, y, final, borders, task / groups, task % groups).run();
     });
   });
 }
@@ -340,24 +394,32 @@ void backward(const lcx::Call& call, const Shape& shape) {
 }
 
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t chunk,
-                       int64_t given, bool softplus, bool keep) {
+                       int64_t blocks, int64_t given, bool softplus, bool keep) {
   const lcx::Call call{pool, arguments, results};
-  const Shape shape = shape_of(call, chunk, given, softplus);
+  const Shape shape = shape_of(call, chunk, blocks, given, softplus);
   return call.by_dtype([&](auto zero) { forward<decltype(zero)>(call, shape, keep); });
 }
 
 ffi::Error run_backward(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t chunk,
-                        int64_t given, bool softplus) {
+                        int64_t blocks, int64_t given, bool softplus) {
   const lcx::Call call{pool, arguments, results};
-  const Shape shape = shape_of(call, chunk, given, softplus);
+  const Shape shape = shape_of(call, chunk, blocks, given, softplus);
   return call.by_dtype([&](auto zero) { backward<decltype(zero)>(call, shape); });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    lcx_selective_scan_forward, run_forward,
-    lcx::binding().Attr<int64_t>("chunk").Attr<int64_t>("given").Attr<bool>("softplus").Attr<bool>("keep"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_selective_scan_forward, run_forward,
+                              lcx::binding()
+                                  .Attr<int64_t>("chunk")
+                                  .Attr<int64_t>("blocks")
+                                  .Attr<int64_t>("given")
+                                  .Attr<bool>("softplus")
+                                  .Attr<bool>("keep"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lcx_selective_scan_backward, run_backward,
-                              lcx::binding().Attr<int64_t>("chunk").Attr<int64_t>("given").Attr<bool>("softplus"));
+                              lcx::binding()
+                                  .Attr<int64_t>("chunk")
+                                  .Attr<int64_t>("blocks")
+                                  .Attr<int64_t>("given")
+                                  .Attr<bool>("softplus"));

@@ -381,7 +381,7 @@ class TestCpp(ScanTests):
     def test_sixteen_states_and_several_tasks(self):
         """What is unrolled for 16 states; groups of vectors of channels, the last one ragged; several chunks."""
         with jax.enable_x64(True):
-            arguments = {name: jnp.asarray(value) for name, value in draw(2, 70, 77, 16).items()}
+            arguments = {name: jnp.asarray(value) for name, value in draw(2, 70, 85, 16).items()}
             static = {"dt_softplus": True, "reset": mark_resets(2, 70, 7, 40) & np.array([[True], [False]])}
             cotangents = cotangents_of(arguments, jnp.float64)
             scans = [functools.partial(selective_scan, backend=backend) for backend in ("cpp", "xla")]
