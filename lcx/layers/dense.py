@@ -35,6 +35,15 @@ class Dense(nnx.Module):
         """x: [batch, time, *inputs]; returns [batch, time, *outputs] in x's dtype."""
         return contract(x, self.weight[...], self.contracted)
 
+    def apart(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """What `__call__` gives, [batch, time, *outputs[1:]] for each index of the first output axis.
+
+        Each comes of a product of its own: kernels take arrays that lie in memory by themselves, and parts of one would
+        have to be copied.
+        """
+        parts = jnp.moveaxis(self.weight[...], self.contracted, 0)
+        return tuple(contract(x, part, self.contracted) for part in parts)
+
     def flops(self, tokens: int = 1) -> int:
         """Forward FLOPs of that many tokens: a multiply-add, two FLOPs, for each weight and token."""
         return 2 * math.prod(self.weight.shape) * tokens

@@ -77,8 +77,7 @@ class Mamba(Mixer):
 
     def __call__(self, x: jax.Array, state: State | None, context: Context) -> tuple[jax.Array, State, Aux]:
         past = state or {"conv": None, "ssm": None}
-        projected = self.in_proj(x)
-        x, z = projected[:, :, 0], projected[:, :, 1]
+        x, z = self.in_proj.apart(x)
         x, tail = self.conv(x, past["conv"], context)
         dt, B, C = jnp.split(self.x_proj(x), self.splits, axis=-1)
         if self.options.dt_B_C_norm:
