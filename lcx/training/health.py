@@ -22,6 +22,7 @@ from lcx.errors import UserError
 
 INTERVALS = 32  # of data indices, that a run can step over
 LEAST_SPREAD = 0.01  # of the median: a window of equal values makes no spike of the next one
+LEAST_MEDIAN = 0.1  # for that: where a loss has become 0, 1e-9 is no spike either
 TO_SIGMA = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 
 Tree = Any
@@ -87,7 +88,7 @@ def limit(values: jax.Array, accepted: jax.Array, threshold: float) -> jax.Array
     there = jnp.arange(len(values)) < count
     center = _median(values, there, count)
     spread = TO_SIGMA * _median(jnp.abs(values - center), there, count)
-    highest = center + threshold * jnp.maximum(spread, LEAST_SPREAD * jnp.abs(center))
+    highest = center + threshold * jnp.maximum(spread, LEAST_SPREAD * jnp.maximum(jnp.abs(center), LEAST_MEDIAN))
     return jnp.where(count >= len(values) // 2, highest, jnp.inf)
 
 

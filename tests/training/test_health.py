@@ -38,6 +38,11 @@ def test_the_limit_is_that_of_numpy():
     assert health.limit(jnp.asarray(values), jnp.int32(7), 6.0) == np.inf, "half of the window must be there"
 
 
+def test_a_loss_that_has_become_zero_makes_no_spike_of_rounding():
+    found = float(health.limit(jnp.zeros(16), jnp.int32(16), 30.0))
+    assert 1e-3 < found < 0.1
+
+
 def test_what_is_bad():
     usual = list(np.random.default_rng(1).normal(3.0, 0.05, 20))
     assert not any(feed(usual)[0])
