@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
 MODELS = ("transformer", "sink", "window", "infini", "mamba", "samba")
+STATES = {"mamba": 128, "mamba2": 128, "window": 128}  # numbers that one of `state` means: channels; a key and a value
 Table = dict[tuple, dict[int, list[float]]]  # of each model (and learning rate): values by length, one a seed
 
 
@@ -69,6 +70,24 @@ def draw(axes: Axes, table: Table, what: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def draw_recall(axes: Axes, table: Table) -> None:
+    """The best accuracy of the learning rates against the numbers that a layer's state holds."""
+    best = {}
+    for (name, _), by_length in table.items():
+        (values,) = by_length.values()
+        best[name] = max(best.get(name, 0.0), mean(values))
+    for model, numbers_of_one in STATES.items():
+        states = sorted(int(name.rpartition("-")[2]) for name in best if name.rpartition("-")[0] == model)
+        accuracies = [best[f"{model}-{state}"] for state in states]
+        axes.plot([numbers_of_one * state for state in states], accuracies, "o-", label=model)
+    axes.axhline(best["attention"], color="gray", linestyle="--", label="attention")
+    axes.set(xscale="log", xlabel="numbers in the state of a layer", ylabel="accuracy at 16 pairs", ylim=(0, 1.03))
+    axes.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 def main(long_sweep: str, recall_sweep: str) -> None:
     passkey = long_context(Path(long_sweep), "passkey", "accuracy")
     bits = long_context(Path(long_sweep), "perplexity", "bits")
@@ -80,7 +99,11 @@ def main(long_sweep: str, recall_sweep: str) -> None:
     figure.savefig(HERE / "long_context.png", dpi=110)
     write(passkey, ("model",), HERE / "passkey.csv")
     write(bits, ("model",), HERE / "bits.csv")
-    write(recall(Path(recall_sweep)), ("model", "learning_rate"), HERE / "recall.csv")
+    found = recall(Path(recall_sweep))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    draw_recall(figure.subplots(), found)
+    figure.savefig(HERE / "recall.png", dpi=110)
+    write(found, ("model", "learning_rate"), HERE / "recall.csv")
 
 
 if __name__ == "__main__":
