@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from etils import epath
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from lcx.errors import UserError
@@ -21,6 +23,7 @@ table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .7rem;border-b
 th:first-child,td:first-child{text-align:left}td.best{font-weight:600}svg{max-width:100%;height:auto}
 .scroll{overflow-x:auto}"""
 
+MANY = 12  # runs; names of more stand beside the panels
 Results = dict[str, dict[str, Result]]  # by suite, then run
 
 
@@ -166,14 +169,24 @@ def _curves(name: str, curves: Mapping[str, Curves]) -> Figure:
     lines = list(dict.fromkeys(line for picture in curves.values() for line in picture.lines))
     columns = min(3, len(lines))
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(5.0 * columns, 3.6 * rows), layout="constrained")
+    many = len(curves) > MANY
+    beside = 0.2 * len(curves) if many else 0.0  # inches that the names of all runs need, one below the other
+    figure = Figure(figsize=(5.0 * columns + 3.0 * many, max(3.6 * rows, beside)), layout="constrained")
     figure.suptitle(name)
     for number, line in enumerate(lines, start=1):
         axes = figure.add_subplot(rows, columns, number, title=line)
+        if many:
+            axes.set_prop_cycle(color=colormaps["turbo"](np.linspace(0, 1, len(curves))))
         having = {run: picture for run, picture in curves.items() if line in picture.lines}
         for i, (run, picture) in enumerate(having.items()):
             marks = picture.marks if i == len(having) - 1 else {}
             draw(axes, replace(picture, lines={run: picture.lines[line]}, marks=marks))
+        if many:
+            axes.get_legend().remove()
+    if many:
+        pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+        handles = {label: handle for pair in pairs for handle, label in pair}
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 

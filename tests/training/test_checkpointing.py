@@ -123,6 +123,19 @@ def test_the_commit_happens_behind_the_training(folder, monkeypatch):
     assert checkpoints.steps() == [2]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_what_writes_gives_way_to_the_steps(folder, monkeypatch):
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    checkpoints, before, seen = Checkpoints(folder, keep=1), priority(), []
+    save = checkpoints._orbax.save
+    monkeypatch.setattr(checkpoints._orbax, "save", lambda *args, **names: seen.append(priority()) or save(*args, **names))
+    checkpoints.save(1, make_state())
+    checkpoints.close()
+    assert seen == [min(before + checkpointing.NICE, 19)] and priority() == before
+
+
 def test_donated_buffers_do_not_reach_the_checkpoint(folder):
     advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {"a": jnp.zeros((512, 1024)), "b": jnp.zeros((512, 1024))}
