@@ -33,7 +33,7 @@ def _kernels(_: Any) -> Parts:
 
 
 def _train(values: Any) -> Parts:
-    from lcx.benchmarks.overhead import EVERY, overhead_results
+    from lcx.benchmarks.overhead import EVERY, TURN, overhead_results
     from lcx.benchmarks.rates import rate_results
     from lcx.benchmarks.train import train_results
     from lcx.cli.run import opened
@@ -43,7 +43,7 @@ def _train(values: Any) -> Parts:
     def overhead(rounds: int) -> list:
         config = load_config("configs/quickstart.py")
         config.train.steps = (rounds + 1) * EVERY
-        config.checkpoint.every = config.evaluation.every = EVERY
+        config.checkpoint.every, config.evaluation.every = EVERY, TURN
         return overhead_results(run, Config.from_dict(config), rounds)
 
     def run(config: Config, workdir: str, evaluate: Callable) -> None:

@@ -63,16 +63,21 @@ def test_tokens_that_are_timed_come_after_the_prompt(monkeypatch):
 def test_a_run_and_its_steps_take_turns(monkeypatch):
     """What the run does beside its steps is what shows."""
     monkeypatch.setattr(overhead, "EVERY", 2)
+    monkeypatch.setattr(overhead, "TURN", 1)
     program, waits = make_program(tiny_config()), []
 
     def run(config, folder, turn):
         state = program.create()
-        for _ in range(4):
+        for _ in range(8):
             waits.append(sum(float(jnp.sum(jnp.ones(10))) for _ in range(3)))
             assert turn(state, program) == {}
 
     (result,) = overhead.overhead_results(run, tiny_config(), rounds=3)
-    assert len(waits) == 4 and result.unit == "%" and np.isfinite(result.value)
+    assert len(waits) == 8 and result.unit == "%" and np.isfinite(result.value)
+
+
+def test_turns_are_summed_by_rounds_without_the_first():
+    assert overhead.by_rounds([9.0] * 5 + [1.0] * 5 + [2.0] * 5).seconds == (5.0, 10.0)
 
 
 def test_a_run_that_makes_no_step_is_said(tmp_path, monkeypatch):
