@@ -147,7 +147,7 @@ class Utilisation:
     """The model FLOPs utilisation of a run at some speed; None where a mixer or the chip's peak is not known."""
 
     def __init__(self):
-        # By stage: the FLOPs of a document as long as its rows, and the chip's peak. It takes as long as a line of logs.
+        # By stage: the FLOPs of a document as long as its rows, and the chip's peak. The model is rebuilt for them.
         self._known: dict[int, tuple[int | None, float | None]] = {}
 
     def __call__(self, program: Program, tokens_per_second: float) -> float | None:

@@ -130,7 +130,8 @@ def test_what_writes_gives_way_to_the_steps(folder, monkeypatch):
 
     checkpoints, before, seen = Checkpoints(folder, keep=1), priority(), []
     save = checkpoints._orbax.save
-    monkeypatch.setattr(checkpoints._orbax, "save", lambda *args, **names: seen.append(priority()) or save(*args, **names))
+    watched = lambda *args, **names: seen.append(priority()) or save(*args, **names)  # noqa: E731
+    monkeypatch.setattr(checkpoints._orbax, "save", watched)
     checkpoints.save(1, make_state())
     checkpoints.close()
     assert seen == [min(before + checkpointing.NICE, 19)] and priority() == before
