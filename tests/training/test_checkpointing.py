@@ -320,7 +320,6 @@ import json, os, random, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
 import lcx.files
 from lcx.training import checkpointing
-from lcx.training import checkpointing
 from lcx.training.checkpointing import Checkpoints
 
 folder, seed, points = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
